@@ -1,0 +1,159 @@
+"""Compute times on one device: GEMM, attention, memory-bound kernels, optimizer, host copies. Vectorised, seconds.
+
+Every time falls (or stays) when a peak or the HBM rate is raised and grows (or stays) with the work: GEMM is a
+minimum over tile shapes and split-k of a maximum of terms, and each term has that property.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from planner.costmodel.evidence import Source
+from planner.costmodel.hardware import DeviceSpec, GemmFit
+
+Array = NDArray[np.float64]
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
+_BORROW = ("bfloat16", "float16", "float32", "float8")  # whose fit a dtype without one of its own uses
+# Output tile of one thread block and its halvings below 128x256. Libraries pick the best; so does the minimum.
+_TILES = ((128, 256, 0), (256, 128, 0), (128, 128, 1), (64, 128, 2), (128, 64, 2), (64, 64, 3))
+_SPLITS = (1, 2, 4, 8)  # of k, each with a partial output in fp32
+
+
+def _f(value: ArrayLike) -> Array:
+    return np.asarray(value, np.float64)
+
+
+def gemm_fit(device: DeviceSpec, dtype: str) -> tuple[GemmFit, bool]:
+    """The constants for `dtype` and whether they are its own; ValueError if the device cannot run the dtype."""
+    if dtype not in device.peak_flops_per_s:
+        raise ValueError(f"device {device.name!r} has no {dtype} rate; it has {', '.join(device.peak_flops_per_s)}")
+    if dtype in device.gemm:
+        return device.gemm[dtype], True
+    return device.gemm[next(name for name in _BORROW if name in device.gemm)], False
+
+
+def gemm_evidence(device: DeviceSpec, dtype: str) -> Source:
+    """Evidence behind `gemm_s`: that of the fit, MODELLED at best when the dtype borrows another's."""
+    fit, own = gemm_fit(device, dtype)
+    return fit.evidence if own else max(fit.evidence, Source.MODELLED)
+
+
+def gemm_s(device: DeviceSpec, dtype: str, batch: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Array:
+    """Seconds of C[batch, m, n] = A[batch, m, k] B[batch, k, n]; inputs broadcast.
+
+    overhead + max(math, HBM traffic / rate); math = min over tiles and split-k of
+    waves * tile_m * tile_n * 2 (k/split + ramp_k) * SMs / (peak * frac(F)), F = 2 batch m n k,
+    frac(F) = sustained + (peak_frac - sustained) / (1 + F/throttle): large kernels run at the power limit.
+    waves = tiles/SMs rounded up in the proportion `wave_quantum` (wave and tile quantisation, NVIDIA Deep
+    Learning Performance Guide, section 'Matrix multiplication').
+    """
+    fit, _ = gemm_fit(device, dtype)
+    b_, m_, n_, k_ = np.broadcast_arrays(_f(batch), _f(m), _f(n), _f(k))
+    flops = 2 * b_ * m_ * n_ * k_
+    spread = fit.peak_frac - fit.sustained_frac
+    frac = fit.sustained_frac + spread / (1 + flops / fit.throttle_flops)
+    sm_rate = device.peak_flops_per_s[dtype].value * frac / device.num_sms
+    hbm = device.hbm_bytes_per_s.value * fit.hbm_frac
+    math_s = np.full(b_.shape, np.inf)
+    for tile_m, tile_n, halvings in _TILES:
+        tiles = b_ * np.ceil(m_ / tile_m) * np.ceil(n_ / tile_n)
+        tile_flops = 2 * tile_m * tile_n / fit.tile_frac**halvings
+        for split in _SPLITS:
+            waves = _waves(tiles * split, device.num_sms, fit.wave_quantum)
+            partial_s = 0.0 if split == 1 else 8 * split * b_ * m_ * n_ / hbm  # fp32, written and read
+            math_s = np.minimum(math_s, waves * tile_flops * (k_ / split + fit.ramp_k) / sm_rate + partial_s)
+    width = DTYPE_BYTES[dtype]
+    traffic = b_ * (width * (m_ * k_ + k_ * n_) + max(width, 2) * m_ * n_)
+    if dtype == "float8":  # the activation is quantised from bf16 first
+        traffic = traffic + 3 * b_ * m_ * k_
+        return fit.overhead_s + np.maximum(math_s + 3 * b_ * m_ * k_ / hbm, traffic / hbm)
+    return fit.overhead_s + np.maximum(math_s, traffic / hbm)
+
+
+def _waves(tiles: Array, num_sms: int, quantum: float) -> Array:
+    """Rounds of `num_sms` tiles, at least one; the last costs between its share and a whole round."""
+    smooth = np.maximum(tiles / num_sms, 1.0)
+    return (1 - quantum) * smooth + quantum * np.ceil(tiles / num_sms)
+
+
+def attention_s(device: DeviceSpec, dtype: str, *, batch: ArrayLike, q_heads: ArrayLike, kv_heads: ArrayLike,
+                q_len: ArrayLike, kv_len: ArrayLike, head_dim_qk: ArrayLike, head_dim_v: ArrayLike,
+                causal_fraction: ArrayLike, implementation: str, backward: bool) -> Array:
+    """Seconds of scaled dot-product attention, forward or backward alone; inputs broadcast.
+
+    `causal_fraction` is the share of the score matrix that is needed: 1 full, 1/2 causal. "flash" skips the rest,
+    "unfused" (two batched GEMMs and a score matrix in memory) computes it all. ValueError on another name.
+    """
+    arrays = np.broadcast_arrays(*map(_f, (batch, q_heads, kv_heads, q_len, kv_len, head_dim_qk, head_dim_v,
+                                           causal_fraction)))
+    if implementation == "flash":
+        return _flash_s(device, dtype, arrays, backward)
+    if implementation == "unfused":
+        return _unfused_s(device, dtype, arrays, backward)
+    raise ValueError(f"unknown attention implementation {implementation!r}; known: flash, unfused")
+
+
+def _flash_s(device: DeviceSpec, dtype: str, arrays: tuple[Array, ...], backward: bool) -> Array:
+    """FlashAttention-2/3 (Dao 2023; Shah et al. 2024): 2 (dqk + dv) q kv FLOPs per head, times 2.5 backward.
+
+    Rate = peak * frac * kv/(kv + ramp) * d/(d + d_half), normalised at d = 128; a causal kernel has a longer ramp.
+    Backward recomputes the scores: five GEMMs where forward has two. HBM floor: q, k, v, o once forward, and
+    q, k, v, o, do, dq, dk, dv backward.
+    """
+    batch, heads, kv_heads, q_len, kv_len, d_qk, d_v, causal = arrays
+    fit = device.attention
+    use = dtype if dtype in device.peak_flops_per_s and dtype != "float8" else next(iter(device.peak_flops_per_s))
+    flops = 2 * batch * heads * q_len * kv_len * causal * (d_qk + d_v) * (2.5 if backward else 1.0)
+    frac = fit.backward_frac if backward else fit.forward_frac
+    width = (d_qk + d_v) / 2
+    dim_gain = (width / (width + fit.head_dim_half)) * ((128 + fit.head_dim_half) / 128)
+    ramp = fit.ramp_len + fit.causal_len * np.where(causal < 1, 1.0, 0.0)
+    rate = device.peak_flops_per_s[use].value * frac * np.minimum(dim_gain, 1.0) * kv_len / (kv_len + ramp)
+    passes = 2 if backward else 1
+    elements = batch * (heads * q_len * (d_qk + d_v) * passes + kv_heads * kv_len * (d_qk + d_v) * passes)
+    floor = DTYPE_BYTES[use] * elements / (device.hbm_bytes_per_s.value * device.memory.hbm_frac)
+    return fit.overhead_s + np.maximum(flops / rate, floor)
+
+
+def _unfused_s(device: DeviceSpec, dtype: str, arrays: tuple[Array, ...], backward: bool) -> Array:
+    """Scores in memory: QK^T, fused scale-mask-softmax, dropout, AV (Korthikanti et al. 2022, section 4.1).
+
+    Forward: 2 GEMMs; score bytes: softmax read+write, dropout read+write+1-byte mask = 9 per score at 2 bytes.
+    Backward: 4 GEMMs; dropout (2+1+2) and softmax (two reads, one write) = 11 per score.
+    """
+    batch, heads, _, q_len, kv_len, d_qk, d_v, _ = arrays
+    bh = batch * heads
+    width = DTYPE_BYTES[dtype]
+    scores = bh * q_len * kv_len
+    if not backward:
+        gemms = gemm_s(device, dtype, bh, q_len, kv_len, d_qk) + gemm_s(device, dtype, bh, q_len, d_v, kv_len)
+        return gemms + memory_bound_s(device, scores * (4 * width + 1), 2)
+    gemms = (gemm_s(device, dtype, bh, q_len, kv_len, d_v) + gemm_s(device, dtype, bh, kv_len, d_v, q_len)
+             + gemm_s(device, dtype, bh, q_len, d_qk, kv_len) + gemm_s(device, dtype, bh, kv_len, d_qk, q_len))
+    return gemms + memory_bound_s(device, scores * (5 * width + 1), 2)
+
+
+def memory_bound_s(device: DeviceSpec, num_bytes: ArrayLike, num_kernels: ArrayLike) -> Array:
+    """Seconds of `num_kernels` kernels that read and write `num_bytes` in all: kernels * latency + bytes / rate.
+
+    Device time only; what an eager loop adds when the host is slower is `kernel_launch_s` per kernel, which the
+    caller compares with this.
+    """
+    rate = device.hbm_bytes_per_s.value * device.memory.hbm_frac
+    return np.asarray(_f(num_kernels) * device.memory.latency_s + _f(num_bytes) / rate, np.float64)
+
+
+def optimizer_s(device: DeviceSpec, num_params: ArrayLike, bytes_per_param: ArrayLike) -> Array:
+    """Seconds of a fused optimizer step over `num_params`; Adam in mixed precision moves 28-32 bytes each.
+
+    fp32 master, two moments read and written (24), gradient read (2-4), low-precision weight written (2).
+    """
+    return memory_bound_s(device, _f(num_params) * _f(bytes_per_param), 1)
+
+
+def host_copy_s(device: DeviceSpec, num_bytes: ArrayLike) -> Array:
+    """Seconds to copy between device and pinned host memory, one direction: launch + bytes / link rate."""
+    started = device.kernel_launch_s * (_f(num_bytes) > 0)
+    return np.asarray(started + _f(num_bytes) / device.host_link_bytes_per_s.value, np.float64)

@@ -1,0 +1,120 @@
+"""EngineSpec: how the software that executes a plan behaves. Traits only; physics lives elsewhere.
+
+An overlap trait is the fraction of min(communication, compute it may hide behind) that is really hidden:
+0 = the transfer blocks, 1 = perfect overlap without slow-down (SYSTEMS: never all-or-nothing). Traits of
+public engines are read from their documentation and source; values between 0 and 1 are ASSUMED until the
+calibration of reports/ fits them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.costmodel.graph import OpKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """Behaviour of a training engine.
+
+    `weight_bytes`, `grad_bytes`, `optimizer_bytes` are per parameter (18 in all for bf16 weights, fp32
+    gradients and fp32 master + Adam moments: Rajbhandari et al. 2020, arXiv 1910.02054 section 3.1).
+    `selective_recompute`: op kinds that selective recomputation redoes in backward.
+    `sp_saves_gathered`: sequence parallelism keeps the gathered input of a column-parallel linear for
+    backward (DTensor) instead of gathering it again (Megatron: Korthikanti et al. 2022, section 4.2.2).
+    `context_bytes`: CUDA context, communicator buffers and library workspaces.
+    """
+
+    name: str
+    attention: str = "flash"  # "flash" | "unfused"
+    dropout: bool = False
+    fuses_elementwise: bool = False
+    weight_bytes: float = 2.0
+    grad_bytes: float = 4.0
+    optimizer_bytes: float = 12.0
+    zero_stages: tuple[int, ...] = (0, 1, 2, 3)
+    selective_recompute: tuple[OpKind, ...] = (OpKind.NORM, OpKind.ELEMENTWISE)
+    sp_saves_gathered: bool = False
+    overlap_tp: float = 0.0
+    overlap_cp: float = 0.0
+    overlap_ep: float = 0.0
+    overlap_p2p: float = 0.0
+    overlap_p2p_interleaved: float = 0.0
+    overlap_grad_reduce: float = 0.0
+    overlap_param_gather: float = 0.0
+    overlap_zero3: float = 0.0
+    overlap_offload: float = 0.0
+    context_bytes: float = 1.5e9
+    fragmentation_frac: float = 0.03  # of activations: what the caching allocator cannot reuse
+    host_launch_s: float = 5e-6  # CPU time to issue one kernel; a layer is never faster than its launches
+    host_adam_params_per_s: float = 1.0e9  # CPU optimizer rate per GPU's share of the host
+    note: str = ""
+
+
+_ENGINES = (
+    EngineSpec(
+        name="planner",
+        sp_saves_gathered=True,
+        overlap_cp=0.8,
+        overlap_grad_reduce=0.8,
+        overlap_param_gather=0.8,
+        overlap_zero3=0.8,
+        overlap_offload=0.8,
+        note="planner.runtime: DTensor TP, FSDP2, torch pipelining, flash SDPA",
+    ),
+    EngineSpec(
+        name="megatron-core",
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION,),
+        zero_stages=(0, 1),
+        overlap_cp=0.8,
+        overlap_p2p_interleaved=0.8,
+        overlap_grad_reduce=0.8,
+        overlap_param_gather=0.8,
+        overlap_offload=0.8,
+        note="Megatron-Core with distributed optimizer, overlapped gradient reduce and parameter gather",
+    ),
+    EngineSpec(
+        name="megatron-2021",
+        attention="unfused",
+        dropout=True,
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION,),
+        zero_stages=(0,),
+        note="Megatron-LM of Narayanan 2021 and Korthikanti 2022: unfused attention, blocking DP all-reduce",
+    ),
+    EngineSpec(
+        name="nanotron",
+        zero_stages=(0, 1),
+        overlap_grad_reduce=0.5,
+        note="nanotron: flash-attention 2, ZeRO 0/1, no recompute by default",
+    ),
+    EngineSpec(
+        name="torchtitan",
+        sp_saves_gathered=True,
+        zero_stages=(3,),
+        fuses_elementwise=True,
+        overlap_cp=0.8,
+        overlap_grad_reduce=0.8,
+        overlap_param_gather=0.8,
+        overlap_zero3=0.8,
+        overlap_offload=0.8,
+        note="torchtitan: FSDP2 with torch.compile per block",
+    ),
+    EngineSpec(
+        name="deepspeed",
+        overlap_grad_reduce=0.8,
+        overlap_param_gather=0.5,
+        overlap_zero3=0.7,
+        overlap_offload=0.8,
+        note="DeepSpeed ZeRO with Ulysses; overlap_comm on",
+    ),
+)
+ENGINES: dict[str, EngineSpec] = {engine.name: engine for engine in _ENGINES}
+
+
+def get_engine(name: str) -> EngineSpec:
+    """The engine called `name`; ValueError with the known names otherwise."""
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}; known: {', '.join(ENGINES)}")
+    return ENGINES[name]

@@ -1,0 +1,242 @@
+"""LayerFacts: what pricing needs to know of a LayerClass, summed once so that pricing is array arithmetic.
+
+Bytes are at the traced shape, whole (no parallelism), split by TensorLayout because tensor and sequence
+parallelism divide each layout differently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from planner.costmodel.engine import EngineSpec
+from planner.costmodel.graph import LayerClass, Op, OpKind, TensorLayout, TpCut
+
+RECOMPUTES = ("none", "selective", "full")
+MEMORY_BOUND = frozenset(
+    {
+        OpKind.NORM,
+        OpKind.ELEMENTWISE,
+        OpKind.EMBEDDING,
+        OpKind.LOSS,
+        OpKind.ROUTER,
+        OpKind.PERMUTE,
+        OpKind.SCAN,
+        OpKind.REDUCTION,
+        OpKind.OTHER,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutBytes:
+    """Bytes by layout; `fixed_bytes` do not grow with the micro-batch."""
+
+    inner_bytes: float = 0.0
+    outer_bytes: float = 0.0
+    gathered_bytes: float = 0.0
+    replicated_bytes: float = 0.0
+    fixed_bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Memory traffic of the memory-bound kernels of one cut: bytes read and written, and kernels launched."""
+
+    cut: TpCut
+    routed: bool
+    num_bytes: float
+    num_kernels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """Static sums of one layer class under one engine.
+
+    `saved` is indexed like RECOMPUTES: activations kept until backward. `selective_traffic` and
+    `selective_attention` are redone by selective recomputation. `gathered_bytes`: inputs of column-parallel
+    GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
+    """
+
+    layer: LayerClass
+    matmuls: tuple[Op, ...]
+    attentions: tuple[Op, ...]
+    traffic: tuple[Traffic, ...]
+    saved: tuple[LayoutBytes, LayoutBytes, LayoutBytes]
+    selective_traffic: tuple[Traffic, ...]
+    selective_attention: bool
+    gathered_bytes: tuple[float, ...]
+    row_bytes: tuple[float, ...]
+    vocab_row_bytes: float
+    vocab_gathered_bytes: float
+    permute_bytes: tuple[float, ...]
+    launches: int
+
+
+def _sum_layouts(layer: LayerClass, keep: set[int]) -> LayoutBytes:
+    sums = dict.fromkeys(TensorLayout, 0.0)
+    fixed = 0.0
+    for index in keep:
+        activation = layer.activations[index]
+        if activation.scales_with_batch:
+            sums[activation.layout] += activation.num_bytes
+        else:
+            fixed += activation.num_bytes
+    return LayoutBytes(
+        sums[TensorLayout.INNER],
+        sums[TensorLayout.OUTER],
+        sums[TensorLayout.GATHERED],
+        sums[TensorLayout.REPLICATED],
+        fixed,
+    )
+
+
+def _selective_keep(layer: LayerClass, saved: set[int], kinds: frozenset[OpKind]) -> tuple[set[int], set[int]]:
+    """(activations kept, ops redone) when ops of `kinds` are recomputed in backward.
+
+    A saved activation that such an op produced is dropped; what the op reads is kept instead, or recomputed
+    in turn when an op of `kinds` (or a view) produced it (Korthikanti et al. 2022, section 5; Chen et al.
+    2016, arXiv 1604.06174).
+    """
+    redo_kinds = kinds | {OpKind.VIEW}
+    keep: set[int] = set()
+    redone: set[int] = set()
+    stack = list(saved)
+    seen: set[int] = set()
+    while stack:
+        index = stack.pop()
+        if index in seen:
+            continue
+        seen.add(index)
+        producer = layer.activations[index].producer
+        if producer < 0 or layer.ops[producer].kind not in redo_kinds:
+            keep.add(index)
+            continue
+        redone.add(producer)
+        stack.extend(layer.ops[producer].inputs)
+    return keep, redone
+
+
+def _op_traffic(layer: LayerClass, op_indices: list[int], fuse: bool) -> tuple[Traffic, ...]:
+    """Traffic of the memory-bound ops in `op_indices`; with `fuse`, connected elementwise ops are one kernel."""
+    group_of = {i: i for i in op_indices}
+
+    def find(i: int) -> int:
+        while group_of[i] != i:
+            i = group_of[i]
+        return i
+
+    if fuse:
+        for i in op_indices:
+            op = layer.ops[i]
+            if op.kind is not OpKind.ELEMENTWISE:
+                continue
+            for a in op.inputs:
+                j = layer.activations[a].producer
+                joins = j in group_of and layer.ops[j].kind is OpKind.ELEMENTWISE and layer.ops[j].cut is op.cut
+                if joins:
+                    group_of[find(i)] = find(j)
+    groups: dict[int, list[int]] = {}
+    for i in op_indices:
+        groups.setdefault(find(i), []).append(i)
+    sums: dict[tuple[TpCut, bool], tuple[float, int]] = {}
+    for members in groups.values():
+        first = layer.ops[members[0]]
+        num_bytes = _group_bytes(layer, members)
+        old = sums.get((first.cut, first.routed), (0.0, 0))
+        sums[first.cut, first.routed] = (old[0] + num_bytes, old[1] + 1)
+    return tuple(Traffic(cut, routed, b, n) for (cut, routed), (b, n) in sums.items())
+
+
+def _group_bytes(layer: LayerClass, members: list[int]) -> float:
+    if len(members) == 1:
+        return float(layer.ops[members[0]].bytes_moved)
+    inside = set(members)
+    produced = {a for i in members for a in layer.ops[i].outputs}
+    read = {a for i in members for a in layer.ops[i].inputs} - produced
+    escapes = {
+        a
+        for i, op in enumerate(layer.ops)
+        if i not in inside
+        for a in op.inputs
+        if a in produced
+    }
+    last = {a for a in produced if layer.activations[a].saved} | escapes
+    if not last:
+        last = set(layer.ops[members[-1]].outputs)
+    weights = sum(layer.ops[i].weight_bytes for i in members)
+    return float(weights + sum(layer.activations[a].num_bytes for a in read | last))
+
+
+def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
+    """Sum up `layer` as `engine` runs it."""
+    ops = layer.ops
+    matmul_kinds = (OpKind.GEMM, OpKind.BMM, OpKind.CONV)
+    matmuls = tuple(op for op in ops if op.kind in matmul_kinds and op.gemm is not None)
+    bound = [i for i, op in enumerate(ops) if op.kind in MEMORY_BOUND]
+    traffic = _op_traffic(layer, bound, engine.fuses_elementwise)
+    saved = {i for i, a in enumerate(layer.activations) if a.saved}
+    kinds = frozenset(engine.selective_recompute)
+    keep, redone = _selective_keep(layer, saved, kinds)
+    redone_traffic = _op_traffic(
+        layer, [i for i in bound if i in redone], engine.fuses_elementwise
+    )
+    none = _sum_layouts(layer, saved)
+    full = LayoutBytes(outer_bytes=float(layer.input_bytes))
+    gathered, rows = _tp_tensors(layer)
+    return LayerFacts(
+        layer=layer,
+        matmuls=matmuls,
+        attentions=tuple(op for op in ops if op.attention is not None),
+        traffic=traffic,
+        saved=(none, _sum_layouts(layer, keep), full),
+        selective_traffic=redone_traffic,
+        selective_attention=OpKind.ATTENTION in kinds,
+        gathered_bytes=tuple(gathered),
+        row_bytes=tuple(rows),
+        vocab_row_bytes=float(
+            sum(
+                layer.activations[a].num_bytes
+                for op in ops
+                if op.cut is TpCut.VOCAB and op.kind is OpKind.EMBEDDING
+                for a in op.outputs
+            )
+        ),
+        vocab_gathered_bytes=float(
+            sum(
+                layer.activations[op.inputs[0]].num_bytes
+                for op in ops
+                if op.cut is TpCut.VOCAB and op.kind is OpKind.GEMM and op.inputs
+            )
+        ),
+        permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
+        launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
+    )
+
+
+def _out_bytes(layer: LayerClass, op: Op) -> int:
+    """Bytes of the token rows that a permutation moves: the larger of what it reads and writes."""
+    read = sum(layer.activations[a].num_bytes for a in op.inputs[:1])
+    written = sum(layer.activations[a].num_bytes for a in op.outputs)
+    return max(read, written)
+
+
+def _tp_tensors(layer: LayerClass) -> tuple[list[float], list[float]]:
+    """(distinct inputs of column-parallel GEMMs, outputs of row-parallel GEMMs) in bytes.
+
+    The partial sums of routed row-parallel GEMMs are reduced after the combine, on the layer's tokens, so
+    they count as one tensor of the layer's output size.
+    """
+    columns = {
+        op.inputs[0] for op in layer.ops if op.cut is TpCut.COLUMN and op.inputs and not op.routed
+    }
+    rows = [
+        float(layer.activations[a].num_bytes)
+        for op in layer.ops
+        if op.cut is TpCut.ROW and not op.routed
+        for a in op.outputs
+    ]
+    gathered = [float(layer.activations[a].num_bytes) for a in sorted(columns)]
+    if any(op.routed and op.cut is TpCut.ROW for op in layer.ops):
+        rows.append(float(layer.output_bytes))
+        gathered.append(float(layer.output_bytes))
+    return gathered, rows

@@ -1,0 +1,360 @@
+"""Price one layer class under many parallel layouts at once.
+
+Every function broadcasts over `Keys`, arrays of equal shape (K,). Times are for ONE micro-batch on ONE rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.costmodel import comm, compute
+from planner.costmodel.engine import EngineSpec
+from planner.costmodel.facts import LayerFacts, LayoutBytes, Traffic
+from planner.costmodel.graph import Attention, Op, OpKind, TpCut
+from planner.costmodel.hardware import ClusterSpec
+
+Array = NDArray[np.float64]
+# A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
+# gradient: three passes where forward makes two (MODELLED).
+BACKWARD_TRAFFIC = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where and how a plan runs: the cluster, the part of its link tiers in use, the engine, the dtype."""
+
+    cluster: ClusterSpec
+    domains: tuple[int, ...]
+    num_gpus: int
+    engine: EngineSpec
+    dtype: str
+    dtype_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """The choices that a layer's own time and activations depend on, arrays of shape (K,).
+
+    `sp` and `vocab_parallel` are 0/1; cp = ulysses * ring.
+    """
+
+    tp: Array
+    sp: Array
+    ulysses: Array
+    ring: Array
+    ep: Array
+    micro_batch_size: Array
+    vocab_parallel: Array
+
+    @property
+    def cp(self) -> Array:
+        """Context-parallel degree."""
+        return self.ulysses * self.ring
+
+    @property
+    def tokens(self) -> Array:
+        """Tokens per rank over the traced ones."""
+        return self.micro_batch_size / self.cp
+
+    @property
+    def outer(self) -> Array:
+        """Ranks that share a residual-stream tensor: tp under sequence parallelism, else 1."""
+        return np.where(self.sp > 0, self.tp, 1.0)
+
+    @property
+    def vocab_tp(self) -> Array:
+        """Ranks that share the vocabulary."""
+        return np.where(self.vocab_parallel > 0, self.tp, 1.0)
+
+    def cut(self, cut: TpCut) -> Array:
+        """By how much tensor parallelism divides the work of an op cut this way."""
+        if cut is TpCut.REPLICATED:
+            return np.ones_like(self.tp)
+        if cut is TpCut.OUTER:
+            return self.outer
+        return self.vocab_tp if cut is TpCut.VOCAB else self.tp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPrice:
+    """Seconds and bytes of one layer on one rank for one micro-batch, arrays (K,).
+
+    `*_f` forward, `*_b` backward with respect to inputs, `gemm_w` with respect to weights; communication is
+    the exposed part. `launch_*`: what the host needs beyond the device. `saved` and `redo`: activation bytes
+    kept and time redone in backward under recompute none, selective, full.
+    """
+
+    gemm_f: Array
+    gemm_b: Array
+    gemm_w: Array
+    attention_f: Array
+    attention_b: Array
+    memory_f: Array
+    memory_b: Array
+    launch_f: Array
+    launch_b: Array
+    tp_f: Array
+    tp_b: Array
+    cp_f: Array
+    cp_b: Array
+    ep_f: Array
+    ep_b: Array
+    saved: tuple[Array, Array, Array]
+    redo: tuple[Array, Array, Array]
+    boundary_bytes: Array
+    dense_params: Array
+    routed_params: Array
+    frozen_params: Array
+
+    @property
+    def forward_s(self) -> Array:
+        """Forward of one micro-batch."""
+        parts = self.gemm_f + self.attention_f + self.memory_f + self.launch_f
+        return parts + self.tp_f + self.cp_f + self.ep_f
+
+    @property
+    def backward_input_s(self) -> Array:
+        """Backward with respect to inputs, without recomputation."""
+        parts = self.gemm_b + self.attention_b + self.memory_b + self.launch_b
+        return parts + self.tp_b + self.cp_b + self.ep_b
+
+    def take(self, index: NDArray[np.int64]) -> LayerPrice:
+        """The price at `index` of the key arrays."""
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = tuple(v[index] for v in value) if isinstance(value, tuple) else value[index]
+        return LayerPrice(**values)
+
+
+def exposed(comm_s: Array, compute_s: Array, overlap: float) -> Array:
+    """What is left of `comm_s` when a fraction `overlap` of the possible hiding really happens."""
+    hidden: Array = comm_s - overlap * np.minimum(comm_s, compute_s)
+    return hidden
+
+
+def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
+    """Time, activation bytes and parameters of a layer for every key."""
+    gemm_f, gemm_b, gemm_w = _matmuls(facts, keys, machine)
+    attention_f, attention_b = _attention(facts, keys, machine)
+    memory_f = _traffic(facts.traffic, keys, machine)
+    memory_b = BACKWARD_TRAFFIC * memory_f
+    floor = facts.launches * machine.engine.host_launch_s
+    launch_f = np.maximum(floor - (gemm_f + attention_f + memory_f), 0.0)
+    launch_b = np.maximum(2 * floor - (gemm_b + gemm_w + attention_b + memory_b), 0.0)
+    tp_f, tp_b = _tensor_parallel(facts, keys, machine, gemm_f, gemm_b + gemm_w)
+    cp_f, cp_b = _context_parallel(facts, keys, machine, attention_f, attention_b)
+    ep_f = _expert_parallel(facts, keys, machine, gemm_f)
+    zero = np.zeros_like(keys.tp)
+    selective = _traffic(facts.selective_traffic, keys, machine)
+    if facts.selective_attention:
+        selective = selective + attention_f
+    full = gemm_f + attention_f + memory_f + launch_f + tp_f + cp_f + ep_f
+    dense, routed, frozen = _params(facts, keys)
+    return LayerPrice(
+        gemm_f=gemm_f, gemm_b=gemm_b, gemm_w=gemm_w, attention_f=attention_f, attention_b=attention_b,
+        memory_f=memory_f, memory_b=memory_b, launch_f=launch_f, launch_b=launch_b, tp_f=tp_f, tp_b=tp_b,
+        cp_f=cp_f, cp_b=cp_b, ep_f=ep_f, ep_b=ep_f, saved=_saved(facts, keys, machine),
+        redo=(zero, selective, full), boundary_bytes=facts.layer.input_bytes * keys.tokens / keys.outer,
+        dense_params=dense, routed_params=routed, frozen_params=frozen,
+    )  # fmt: skip
+
+
+def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:
+    device, dtype = machine.cluster.device, machine.dtype
+    totals = [np.zeros_like(keys.tp) for _ in range(3)]
+    for op in facts.matmuls:
+        batch, m, n, k = _sharded_gemm(op, keys)
+        totals[0] = totals[0] + compute.gemm_s(device, dtype, batch, m, n, k)
+        if op.backward_flops == 0:
+            continue
+        dgrad = compute.gemm_s(device, dtype, batch, m, k, n)
+        wgrad = compute.gemm_s(device, dtype, batch, k, n, m)
+        if op.kind is OpKind.BMM:
+            totals[1] = totals[1] + dgrad + wgrad
+            continue
+        if op.backward_flops >= 2 * op.flops:
+            totals[1] = totals[1] + dgrad
+        totals[2] = totals[2] + wgrad
+    return totals[0], totals[1], totals[2]
+
+
+def _sharded_gemm(op: Op, keys: Keys) -> tuple[Array, Array, Array, Array]:
+    """(batch, m, n, k) of one rank: tokens in m, TP in n (column, vocab), k (row) or the batch (heads)."""
+    assert op.gemm is not None
+    one = np.ones_like(keys.tp)
+    batch, n, k = op.gemm.batch * one, op.gemm.n * one, op.gemm.k * one
+    m = op.gemm.m * keys.tokens
+    if op.routed:
+        batch, m = batch / keys.ep, m * keys.ep
+    if op.cut in (TpCut.COLUMN, TpCut.VOCAB):
+        n = n / keys.cut(op.cut)
+    elif op.cut is TpCut.ROW:
+        k = k / keys.tp
+    elif op.cut is TpCut.OUTER:
+        m = m / keys.outer
+    elif op.cut in (TpCut.HEAD, TpCut.INNER):
+        batch, m = (batch / keys.tp, m) if op.gemm.batch > 1 else (batch, m / keys.tp)
+    return batch, m, n, k
+
+
+def _attention(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array]:
+    totals = [np.zeros_like(keys.tp) for _ in range(2)]
+    for op in facts.attentions:
+        a = op.attention
+        assert a is not None
+        cut = keys.cut(op.cut) * keys.ulysses
+        for i, backward in enumerate((False, True)):
+            totals[i] = totals[i] + compute.attention_s(
+                machine.cluster.device,
+                machine.dtype,
+                batch=a.batch * keys.micro_batch_size,
+                q_heads=a.q_heads / cut,
+                kv_heads=np.maximum(a.kv_heads / cut, 1.0),
+                q_len=a.q_len / keys.ring,
+                kv_len=a.kv_len * np.ones_like(keys.tp),
+                head_dim_qk=a.head_dim_qk,
+                head_dim_v=a.head_dim_v,
+                causal_fraction=0.5 if a.causal else 1.0,
+                implementation=machine.engine.attention,
+                backward=backward,
+            )
+    return totals[0], totals[1]
+
+
+def _traffic(traffic: tuple[Traffic, ...], keys: Keys, machine: Machine) -> Array:
+    total = np.zeros_like(keys.tp)
+    for part in traffic:
+        num_bytes = part.num_bytes * keys.tokens / keys.cut(part.cut)
+        total = total + compute.memory_bound_s(machine.cluster.device, num_bytes, part.num_kernels)
+    return total
+
+
+def _tensor_parallel(
+    facts: LayerFacts, keys: Keys, machine: Machine, forward_s: Array, backward_s: Array
+) -> tuple[Array, Array]:
+    """Exposed TP communication (Shoeybi et al. 2019, section 3; with SP Korthikanti et al. 2022, section 4.2).
+
+    Without SP: all-reduce of row outputs forward, of column inputs' gradients backward. With SP: all-gather
+    of column inputs and reduce-scatter of row outputs forward; the mirror image backward, plus the gather of
+    column inputs again unless the engine saved them.
+    """
+    one = np.ones_like(keys.tp)
+    sp = keys.sp > 0
+    redo_gather = 0.0 if machine.engine.sp_saves_gathered else 1.0
+
+    def reduce_s(num_bytes: float) -> Array:
+        size = num_bytes * keys.tokens
+        args = (machine.cluster, machine.domains, size, one, keys.tp)
+        return np.where(sp, comm.reduce_scatter_s(*args), comm.all_reduce_s(*args))
+
+    def gather_s(num_bytes: float) -> Array:
+        args = (machine.cluster, machine.domains, num_bytes * keys.tokens, one, keys.tp)
+        return np.where(sp, comm.all_gather_s(*args), 0.0)
+
+    fwd, bwd = np.zeros_like(keys.tp), np.zeros_like(keys.tp)
+    for num_bytes in facts.row_bytes:
+        fwd = fwd + reduce_s(num_bytes)
+        bwd = bwd + gather_s(num_bytes)
+    for num_bytes in facts.gathered_bytes:
+        gather = gather_s(num_bytes)
+        fwd = fwd + gather
+        bwd = bwd + reduce_s(num_bytes) + redo_gather * gather
+    shared = keys.vocab_parallel > 0
+    if facts.vocab_row_bytes:
+        fwd = fwd + np.where(shared, reduce_s(facts.vocab_row_bytes), 0.0)
+        bwd = bwd + np.where(shared, gather_s(facts.vocab_row_bytes), 0.0)
+    if facts.vocab_gathered_bytes:
+        gather = gather_s(facts.vocab_gathered_bytes)
+        fwd = fwd + gather
+        bwd = bwd + np.where(shared, reduce_s(facts.vocab_gathered_bytes) + redo_gather * gather, gather)
+    overlap = machine.engine.overlap_tp
+    return exposed(fwd, forward_s, overlap), exposed(bwd, backward_s, overlap)
+
+
+def _context_parallel(
+    facts: LayerFacts, keys: Keys, machine: Machine, attention_f: Array, attention_b: Array
+) -> tuple[Array, Array]:
+    """Exposed CP communication of the attention ops.
+
+    Ulysses (Jacobs et al. 2023, section 3): all-to-all of q, k, v before and of the output after attention,
+    both ways; KV heads are replicated up to the degree. Ring (Liu et al. 2023, section 3): ring-1 hops of the
+    local K and V forward; K, V and their gradients backward; hidden behind attention.
+    """
+    fwd, bwd = np.zeros_like(keys.tp), np.zeros_like(keys.tp)
+    for op in facts.attentions:
+        a = op.attention
+        assert a is not None
+        u_fwd, hop_bytes = _attention_bytes(a, keys, machine)
+        sizes = (keys.tp, keys.ulysses)
+        calls = [comm.all_to_all_s(machine.cluster, machine.domains, b, *sizes) for b in u_fwd]
+        ulysses_s = np.where(keys.ulysses > 1, calls[0] + calls[1], 0.0)
+        hop = comm.send_recv_s(machine.cluster, machine.domains, hop_bytes, keys.tp * keys.ulysses)
+        ring_f = np.where(keys.ring > 1, (keys.ring - 1) * hop, 0.0)
+        overlap = machine.engine.overlap_cp
+        fwd = fwd + ulysses_s + exposed(ring_f, attention_f, overlap)
+        bwd = bwd + ulysses_s + exposed(2 * ring_f, attention_b, overlap)
+    return fwd, bwd
+
+
+def _attention_bytes(a: Attention, keys: Keys, machine: Machine) -> tuple[tuple[Array, Array], Array]:
+    """((bytes of q,k,v and of the output in a Ulysses all-to-all), bytes of K and V per ring hop), per rank."""
+    heads = a.q_heads / keys.tp
+    kv_heads = np.maximum(a.kv_heads, keys.tp * keys.ulysses) / keys.tp
+    kv_heads = np.minimum(kv_heads, np.maximum(heads, 1.0))
+    rows = a.batch * keys.micro_batch_size * machine.dtype_bytes
+    q_rows, kv_rows = rows * a.q_len / keys.cp, rows * a.kv_len / keys.cp
+    kv_bytes = kv_rows * kv_heads * (a.head_dim_qk + a.head_dim_v)
+    before = q_rows * heads * a.head_dim_qk + kv_bytes
+    return (before, q_rows * heads * a.head_dim_v), kv_bytes
+
+
+def _expert_parallel(facts: LayerFacts, keys: Keys, machine: Machine, forward_s: Array) -> Array:
+    """Exposed all-to-all of dispatch and combine over the EP group (Lepikhin et al. 2020, section 3.2)."""
+    total = np.zeros_like(keys.tp)
+    for num_bytes in facts.permute_bytes:
+        size = num_bytes * keys.tokens
+        call = comm.all_to_all_s(machine.cluster, machine.domains, size, keys.tp, keys.ep)
+        total = total + np.where(keys.ep > 1, call, 0.0)
+    return exposed(total, forward_s, machine.engine.overlap_ep)
+
+
+def _saved(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:
+    """Activation bytes kept for backward under recompute none, selective, full."""
+    none, selective, full = (_layout_bytes(part, keys, machine) for part in facts.saved)
+    if machine.engine.attention == "unfused":
+        # Korthikanti et al. 2022, section 4.1: softmax output, and with dropout its mask and output, of every score.
+        per_score = 2 * machine.dtype_bytes + 1 if machine.engine.dropout else machine.dtype_bytes
+        for op in facts.attentions:
+            a = op.attention
+            assert a is not None
+            scores = a.batch * a.q_heads * a.q_len * a.kv_len * keys.micro_batch_size
+            score_bytes = per_score * scores / (keys.cut(op.cut) * keys.cp)
+            none = none + score_bytes
+            if not facts.selective_attention:
+                selective = selective + score_bytes
+    return none, np.minimum(selective, none), np.minimum(full, none)
+
+
+def _layout_bytes(part: LayoutBytes, keys: Keys, machine: Machine) -> Array:
+    sharded_gather = (keys.sp > 0) & (not machine.engine.sp_saves_gathered)
+    gathered = part.gathered_bytes / np.where(sharded_gather, keys.tp, 1.0)
+    scaled = part.inner_bytes / keys.tp + part.outer_bytes / keys.outer + gathered + part.replicated_bytes
+    total: Array = scaled * keys.tokens + part.fixed_bytes
+    return total
+
+
+def _params(facts: LayerFacts, keys: Keys) -> tuple[Array, Array, Array]:
+    """(dense trainable, routed trainable, frozen) parameters of one rank, before any ZeRO sharding."""
+    sums = [np.zeros_like(keys.tp) for _ in range(3)]
+    sharded = (TpCut.COLUMN, TpCut.ROW, TpCut.VOCAB, TpCut.HEAD)
+    for group in facts.layer.params:
+        count = group.num_params / (keys.cut(group.cut) if group.cut in sharded else 1.0)
+        if group.routed:
+            count = count / keys.ep
+        which = 2 if not group.trainable else int(group.routed)
+        sums[which] = sums[which] + count
+    return sums[0], sums[1], sums[2]
