@@ -9,7 +9,7 @@ import numpy as np
 from planner.costmodel import compute
 from planner.costmodel.cost import CostBreakdown, MemoryBreakdown, leaf, node
 from planner.costmodel.engine import EngineSpec
-from planner.costmodel.evidence import Source
+from planner.costmodel.evidence import Source, weakest
 from planner.costmodel.facts import LayerFacts, layer_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
@@ -250,7 +250,7 @@ def _breakdown(
 ) -> CostBreakdown:
     gemm = compute.gemm_evidence(machine.cluster.device, machine.dtype)
     modelled = Source.MODELLED
-    link = max(tier.source for tier in machine.cluster.tiers)
+    link = weakest(fit.evidence for tier in machine.cluster.tiers for fit in tier.collectives.values())
     part = {name: m * value for name, value in rank.parts.items()}
     sync = slowest.sync
     return node(
