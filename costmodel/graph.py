@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+SCHEMA = "planner.graph/1"  # of a graph's JSON form
+
 
 class OpKind(StrEnum):
     """What an op is to the cost model."""
@@ -204,3 +206,17 @@ class ModelGraph:
     def layer_classes(self) -> tuple[int, ...]:
         """Class index of every layer, in order."""
         return tuple(run.layer_class for run in self.runs for _ in range(run.count))
+
+
+def check_graph(graph: ModelGraph) -> None:
+    """ValueError that names the first index of `graph` that points nowhere."""
+    for i, run in enumerate(graph.runs):
+        if not 0 <= run.layer_class < len(graph.classes) or run.count != len(run.paths) or run.count < 1:
+            raise ValueError(f"runs[{i}] names no class or its count is not its number of paths")
+    for layer in (graph.prologue, *graph.classes, graph.epilogue):
+        for i, op in enumerate(layer.ops):
+            if any(not 0 <= a < len(layer.activations) for a in (*op.inputs, *op.outputs)):
+                raise ValueError(f"layer {layer.name!r} ops[{i}] names an activation that is not there")
+        for i, activation in enumerate(layer.activations):
+            if not -1 <= activation.producer < len(layer.ops):
+                raise ValueError(f"layer {layer.name!r} activations[{i}] names an op that is not there")
