@@ -26,14 +26,15 @@ class RankEstimate:
 
     forward_s: float
     backward_s: float
+    extra_s: float
     weight_s: float
     sync_s: float
     memory: MemoryBreakdown
 
     @property
     def microbatch_s(self) -> float:
-        """Forward and both backward parts of one micro-batch."""
-        return self.forward_s + self.backward_s + self.weight_s
+        """Forward, both backward parts and recomputation of one micro-batch."""
+        return self.forward_s + self.backward_s + self.extra_s + self.weight_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +148,7 @@ class _Rank:
     parts: dict[str, float]
     forward_s: float
     backward_s: float
+    extra_s: float
     weight_s: float
     sync: StepSync
 
@@ -163,10 +165,11 @@ def estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, facts: ModelFa
     rates = build_rates(graph, prices, spec_layout(spec), pp, vpp, machine)
     ranks = [_rank_work(graph, spec, rank, prices, rates, machine) for rank in range(spec.pp)]
     m = spec.num_microbatches
-    times = [np.array([getattr(r, name) for r in ranks]) for name in ("forward_s", "backward_s", "weight_s")]
-    pipe_s = float(pipeline_s(spec.schedule, times[0], times[1], times[2], m, spec.vpp))
+    names = ("forward_s", "backward_s", "weight_s", "extra_s")
+    fwd, bwd, wgt, extra = (np.array([getattr(r, name) for r in ranks]) for name in names)
+    pipe_s = float(pipeline_s(spec.schedule, fwd, bwd, wgt, m, spec.vpp, extra))
     flight = in_flight(spec.schedule, m, spec.pp, spec.vpp)
-    total = times[0] + times[1] + times[2]
+    total = fwd + bwd + wgt + extra
     bottleneck = int(np.argmax(total))
     slowest = max(ranks, key=lambda r: float(r.sync.total_s[0]))
     tree = _breakdown(ranks[bottleneck], slowest, m, pipe_s - m * float(total[bottleneck]), rates, machine)
@@ -176,6 +179,7 @@ def estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, facts: ModelFa
             RankEstimate(
                 forward_s=r.forward_s,
                 backward_s=r.backward_s,
+                extra_s=r.extra_s,
                 weight_s=r.weight_s,
                 sync_s=float(r.sync.total_s[0] + rates.step_s_K[0]),
                 memory=_memory(r, rates, float(flight[k])),
@@ -212,7 +216,7 @@ def _rank_work(
     parts["p2p"] = 2 * p2p
     return _Rank(
         counts_CS=counts, first=first, last=last, parts=parts, forward_s=fwd,
-        backward_s=plain_b + extra, weight_s=wgt, sync=sync,
+        backward_s=plain_b, extra_s=extra, weight_s=wgt, sync=sync,
     )  # fmt: skip
 
 
