@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -14,10 +15,13 @@ from planner.costmodel.facts import LayerFacts, layer_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.pipeline import in_flight, pipeline_s
-from planner.costmodel.price import Array, Keys, LayerPrice, Machine, price_layer
-from planner.costmodel.rates import EndRates, Prices, Rates, build_rates
+from planner.costmodel.price import Array, Keys, Machine, price_layer
+from planner.costmodel.rates import Prices, Rates, build_rates
 from planner.costmodel.state import StateLayout, StepSync, step_sync
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES, PlanSpec
+
+_STRATEGY_INDEX = {strategy: s for s, strategy in enumerate(STRATEGIES)}
+_RECOMPUTE_INDEX = [RECOMPUTE_KINDS.index(strategy.recompute) for strategy in STRATEGIES]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,52 +108,47 @@ def step_flops(graph: ModelGraph, global_batch_size: int) -> float:
     return per_traced * global_batch_size / graph.traced_micro_batch_size
 
 
-def spec_keys(spec: PlanSpec) -> Keys:
-    """The K = 1 key of a plan."""
-
-    def one(value: float) -> Array:
-        return np.array([float(value)])
-
+def spec_keys(*specs: PlanSpec) -> Keys:
+    """The keys of plans, K = one each."""
     return Keys(
-        tp=one(spec.tp),
-        sp=one(spec.sequence_parallel),
-        ulysses=one(spec.ulysses),
-        ring=one(spec.ring),
-        ep=one(spec.ep),
-        micro_batch_size=one(spec.micro_batch_size),
-        vocab_parallel=one(spec.vocab_parallel),
+        tp=_column(s.tp for s in specs),
+        sp=_column(s.sequence_parallel for s in specs),
+        ulysses=_column(s.ulysses for s in specs),
+        ring=_column(s.ring for s in specs),
+        ep=_column(s.ep for s in specs),
+        micro_batch_size=_column(s.micro_batch_size for s in specs),
+        vocab_parallel=_column(s.vocab_parallel for s in specs),
     )
 
 
-def spec_layout(spec: PlanSpec) -> StateLayout:
-    """The K = 1 state layout of a plan."""
-
-    def one(value: float) -> Array:
-        return np.array([float(value)])
-
+def spec_layout(*specs: PlanSpec) -> StateLayout:
+    """The state layouts of plans, K = one each."""
     return StateLayout(
-        tp=one(spec.tp),
-        cp=one(spec.cp),
-        ep=one(spec.ep),
-        dp_replicate=one(spec.dp_replicate),
-        dp_shard=one(spec.dp_shard),
-        zero=one(spec.zero_stage),
-        offload_optimizer=one(spec.offload_optimizer),
+        tp=_column(s.tp for s in specs),
+        cp=_column(s.cp for s in specs),
+        ep=_column(s.ep for s in specs),
+        dp_replicate=_column(s.dp_replicate for s in specs),
+        dp_shard=_column(s.dp_shard for s in specs),
+        zero=_column(s.zero_stage for s in specs),
+        offload_optimizer=_column(s.offload_optimizer for s in specs),
     )
+
+
+def _column(values: Iterable[float]) -> Array:
+    return np.array([float(value) for value in values])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Rank:
-    """Work of one rank: layers by (class, strategy), which ends it holds, and its seconds by component."""
+class _Ranks:
+    """Work of the P ranks of a plan: layers by (class, strategy), the ends, seconds of a micro-batch, sync."""
 
-    counts_CS: Array
-    first: bool
-    last: bool
-    parts: dict[str, float]
-    forward_s: float
-    backward_s: float
-    extra_s: float
-    weight_s: float
+    counts_PCS: Array
+    first: int
+    last: int
+    forward_s: Array
+    backward_s: Array
+    extra_s: Array
+    weight_s: Array
     sync: StepSync
 
 
@@ -159,65 +158,81 @@ def estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, facts: ModelFa
     Assumes a valid spec (planner.check says what is wrong with one). Step = pipeline closed form over the
     ranks' micro-batch times + the slowest rank's once-per-step work (docs in pipeline.py and state.py).
     """
+    return estimate_many(graph, machine, (spec,), facts)[0]
+
+
+def estimate_many(
+    graph: ModelGraph, machine: Machine, specs: Sequence[PlanSpec], facts: ModelFacts | None = None
+) -> list[Estimate]:
+    """`estimate` of every spec, with layers priced for all of them at once."""
     facts = facts or model_facts(graph, machine.engine)
-    prices = price_model(facts, spec_keys(spec), machine)
-    pp, vpp = np.array([float(spec.pp)]), np.array([float(spec.vpp)])
-    rates = build_rates(graph, prices, spec_layout(spec), pp, vpp, machine)
-    ranks = [_rank_work(graph, spec, rank, prices, rates, machine) for rank in range(spec.pp)]
+    prices = price_model(facts, spec_keys(*specs), machine)
+    pp, vpp = _column(s.pp for s in specs), _column(s.vpp for s in specs)
+    rates = build_rates(graph, prices, spec_layout(*specs), pp, vpp, machine)
+    return [
+        _estimate(graph, machine, spec, prices.take(np.array([k])), rates.column(k)) for k, spec in enumerate(specs)
+    ]
+
+
+def _estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, prices: Prices, rates: Rates) -> Estimate:
+    ranks = _rank_work(graph, spec, rates, machine)
     m = spec.num_microbatches
-    names = ("forward_s", "backward_s", "weight_s", "extra_s")
-    fwd, bwd, wgt, extra = (np.array([getattr(r, name) for r in ranks]) for name in names)
+    fwd, bwd, wgt, extra = ranks.forward_s, ranks.backward_s, ranks.weight_s, ranks.extra_s
     pipe_s = float(pipeline_s(spec.schedule, fwd, bwd, wgt, m, spec.vpp, extra))
-    flight = in_flight(spec.schedule, m, spec.pp, spec.vpp)
     total = fwd + bwd + wgt + extra
     bottleneck = int(np.argmax(total))
-    slowest = max(ranks, key=lambda r: float(r.sync.total_s[0]))
-    tree = _breakdown(ranks[bottleneck], slowest, m, pipe_s - m * float(total[bottleneck]), rates, machine)
+    sync_s = ranks.sync.total_s
+    parts = _parts(ranks, bottleneck, prices, rates)
+    parts["p2p"] = 2 * float(rates.p2p_s_K[0]) * spec.vpp
+    sync = {f.name: float(getattr(ranks.sync, f.name)[np.argmax(sync_s)]) for f in fields(StepSync)}
+    tree = _breakdown(parts, sync, m, pipe_s - m * float(total[bottleneck]), rates, machine)
+    memory = _memory(ranks, rates, in_flight(spec.schedule, m, spec.pp, spec.vpp))
     return Estimate(
         breakdown=tree,
         ranks=tuple(
             RankEstimate(
-                forward_s=r.forward_s,
-                backward_s=r.backward_s,
-                extra_s=r.extra_s,
-                weight_s=r.weight_s,
-                sync_s=float(r.sync.total_s[0] + rates.step_s_K[0]),
-                memory=_memory(r, rates, float(flight[k])),
+                forward_s=float(fwd[p]),
+                backward_s=float(bwd[p]),
+                extra_s=float(extra[p]),
+                weight_s=float(wgt[p]),
+                sync_s=float(sync_s[p] + rates.step_s_K[0]),
+                memory=memory[p],
             )
-            for k, r in enumerate(ranks)
+            for p in range(spec.pp)
         ),
         model_flops=step_flops(graph, spec.global_batch_size),
         bottleneck=bottleneck,
     )
 
 
-def _rank_work(
-    graph: ModelGraph, spec: PlanSpec, rank: int, prices: Prices, rates: Rates, machine: Machine
-) -> _Rank:
-    counts = np.zeros((len(graph.classes), len(STRATEGIES)))
+def _rank_work(graph: ModelGraph, spec: PlanSpec, rates: Rates, machine: Machine) -> _Ranks:
+    counts = np.zeros((spec.pp, len(graph.classes), len(STRATEGIES)))
     classes = graph.layer_classes
-    for layer in spec.rank_layers(rank):
-        counts[classes[layer], STRATEGIES.index(spec.layers[layer])] += 1
-    n_c = counts.sum(axis=1)
-    first = rank == spec.rank_of(0)
-    last = rank == spec.rank_of(len(spec.stage_layers) - 1)
-    ends = [rates.prologue] * first + [rates.epilogue] * last
-    end_prices = [prices.prologue] * first + [prices.epilogue] * last
+    for stage, (start, end) in enumerate(spec.stage_layers):
+        for layer in range(start, end):
+            counts[spec.rank_of(stage), classes[layer], _STRATEGY_INDEX[spec.layers[layer]]] += 1
+    n_pc = counts.sum(axis=2)
+    first, last = spec.rank_of(0), spec.rank_of(len(spec.stage_layers) - 1)
     p2p = float(rates.p2p_s_K[0]) * spec.vpp
-    fwd = float(n_c @ rates.forward_s_CK[:, 0]) + sum(float(e.forward_s[0]) for e in ends) + p2p
-    plain_b = float(n_c @ rates.backward_s_CK[:, 0]) + sum(float(e.backward_s[0]) for e in ends) + p2p
-    extra = float((counts * rates.extra_s_CSK[:, :, 0]).sum())
-    wgt = float(n_c @ rates.weight_s_CK[:, 0]) + sum(float(e.weight_s[0]) for e in ends)
-    dense = n_c @ rates.dense_CK + sum(e.dense for e in ends)
-    routed = n_c @ rates.routed_CK + sum(e.routed for e in ends)
-    window_b = np.array([plain_b + wgt])
-    sync = step_sync(dense, routed, np.array([fwd]), window_b, rates.layout, machine)
-    parts = _parts(n_c, counts, prices, end_prices, rates, ends)
-    parts["p2p"] = 2 * p2p
-    return _Rank(
-        counts_CS=counts, first=first, last=last, parts=parts, forward_s=fwd,
-        backward_s=plain_b, extra_s=extra, weight_s=wgt, sync=sync,
+
+    def total(of_layers: Array, name: str) -> Array:
+        return _with_ends(n_pc @ of_layers[:, 0], rates, name, first, last)
+
+    fwd, bwd = total(rates.forward_s_CK, "forward_s") + p2p, total(rates.backward_s_CK, "backward_s") + p2p
+    wgt, extra = total(rates.weight_s_CK, "weight_s"), (counts * rates.extra_s_CSK[:, :, 0]).sum(axis=(1, 2))
+    dense, routed = total(rates.dense_CK, "dense"), total(rates.routed_CK, "routed")
+    sync = step_sync(dense, routed, fwd, bwd + wgt, rates.layout, machine)
+    return _Ranks(
+        counts_PCS=counts, first=first, last=last, forward_s=fwd, backward_s=bwd, extra_s=extra, weight_s=wgt,
+        sync=sync,
     )  # fmt: skip
+
+
+def _with_ends(body: Array, rates: Rates, name: str, first: int, last: int) -> Array:
+    """`body` (P,) plus the `name` of the prologue on the first rank and of the epilogue on the last."""
+    body[first] += float(getattr(rates.prologue, name)[0])
+    body[last] += float(getattr(rates.epilogue, name)[0])
+    return body
 
 
 _COMPONENTS = {
@@ -231,10 +246,12 @@ _COMPONENTS = {
 }
 
 
-def _parts(
-    n_c: Array, counts: Array, prices: Prices, end_prices: list[LayerPrice], rates: Rates, ends: list[EndRates]
-) -> dict[str, float]:
-    """Seconds per micro-batch of one rank by component."""
+def _parts(ranks: _Ranks, p: int, prices: Prices, rates: Rates) -> dict[str, float]:
+    """Seconds per micro-batch of rank `p` by component."""
+    counts = ranks.counts_PCS[p]
+    n_c = counts.sum(axis=1)
+    ends = [rates.prologue] * (p == ranks.first) + [rates.epilogue] * (p == ranks.last)
+    end_prices = [prices.prologue] * (p == ranks.first) + [prices.epilogue] * (p == ranks.last)
     weighted = [*zip(n_c, prices.classes, strict=True), *((1.0, price) for price in end_prices)]
     parts = {
         name: float(sum(n * getattr(price, field)[0] for n, price in weighted for field in names))
@@ -242,21 +259,19 @@ def _parts(
     }
     zero = n_c @ (rates.zero_f_CK[:, 0] + rates.zero_b_CK[:, 0])
     parts["zero"] = float(zero) + sum(float(e.zero_f[0] + e.zero_b[0]) for e in ends)
-    extra = counts * rates.extra_s_CSK[:, :, 0]
-    redo = np.array([[p.redo[RECOMPUTE_KINDS.index(s.recompute)][0] for s in STRATEGIES] for p in prices.classes])
+    redo = np.array([[price.redo[kind][0] for kind in _RECOMPUTE_INDEX] for price in prices.classes])
     parts["recompute"] = float((counts * redo).sum())
-    parts["offload"] = float(extra.sum()) - parts["recompute"]
+    parts["offload"] = float(ranks.extra_s[p]) - parts["recompute"]
     return parts
 
 
 def _breakdown(
-    rank: _Rank, slowest: _Rank, m: int, bubble_s: float, rates: Rates, machine: Machine
+    parts: dict[str, float], sync: dict[str, float], m: int, bubble_s: float, rates: Rates, machine: Machine
 ) -> CostBreakdown:
     gemm = compute.gemm_evidence(machine.cluster.device, machine.dtype)
     modelled = Source.MODELLED
     link = weakest(fit.evidence for tier in machine.cluster.tiers for fit in tier.collectives.values())
-    part = {name: m * value for name, value in rank.parts.items()}
-    sync = slowest.sync
+    part = {name: m * value for name, value in parts.items()}
     return node(
         "step",
         node(
@@ -274,39 +289,40 @@ def _breakdown(
             leaf("ep", part["ep"], link),
             leaf("p2p", part["p2p"], link),
             leaf("zero_per_microbatch", part["zero"], link),
-            leaf("grad_reduce", float(sync.reduce_s[0]), link),
-            leaf("param_gather", float(sync.gather_s[0]), link),
+            leaf("grad_reduce", sync["reduce_s"], link),
+            leaf("param_gather", sync["gather_s"], link),
             leaf("step_sync", float(rates.step_s_K[0]), link),
         ),
         leaf("bubble", bubble_s, modelled),
         node(
             "optimizer",
-            leaf("update", float(sync.optimizer_s[0]), modelled),
-            leaf("host_offload", float(sync.host_s[0]), modelled),
+            leaf("update", sync["optimizer_s"], modelled),
+            leaf("host_offload", sync["host_s"], modelled),
         ),
         leaf("activation_offload", part["offload"], modelled),
     )
 
 
-def _memory(rank: _Rank, rates: Rates, flight: float) -> MemoryBreakdown:
-    """Peak of one rank: states + in-flight activations + the largest transient (SYSTEMS 2.4's ledger)."""
-    counts, n_c = rank.counts_CS, rank.counts_CS.sum(axis=1)
-    ends = [rates.prologue] * rank.first + [rates.epilogue] * rank.last
-    states = float(n_c @ rates.state_bytes_CK[:, 0]) + sum(float(e.state_bytes[0]) for e in ends)
-    host = float(n_c @ rates.host_state_bytes_CK[:, 0]) + sum(float(e.host_bytes[0]) for e in ends)
-    acts = flight * float((counts * rates.activation_bytes_CSK[:, :, 0]).sum())
-    host += flight * float((counts * rates.host_bytes_CSK[:, :, 0]).sum())
-    work = float(np.max(np.where(counts > 0, rates.work_bytes_CSK[:, :, 0], 0.0), initial=0.0))
-    if rank.first:
-        acts += flight * float(rates.prologue.activation_bytes[0])
-    if rank.last:
-        acts += float(rates.epilogue.activation_bytes[0])
-        work += float(rates.epilogue.work_bytes[0])
-    return MemoryBreakdown(
-        states_bytes=states,
-        activations_bytes=acts,
-        work_bytes=work,
-        fixed_bytes=float(rates.fixed_bytes_K[0]),
-        host_bytes=host,
-        in_flight=flight,
+def _memory(ranks: _Ranks, rates: Rates, flight: Array) -> tuple[MemoryBreakdown, ...]:
+    """Peaks of the ranks: states + in-flight activations + the largest transient (SYSTEMS 2.4's ledger)."""
+    counts, n_pc = ranks.counts_PCS, ranks.counts_PCS.sum(axis=2)
+    first, last = ranks.first, ranks.last
+    states = _with_ends(n_pc @ rates.state_bytes_CK[:, 0], rates, "state_bytes", first, last)
+    host = _with_ends(n_pc @ rates.host_state_bytes_CK[:, 0], rates, "host_bytes", first, last)
+    host = host + flight * (counts * rates.host_bytes_CSK[:, :, 0]).sum(axis=(1, 2))
+    acts = flight * (counts * rates.activation_bytes_CSK[:, :, 0]).sum(axis=(1, 2))
+    work = np.max(np.where(counts > 0, rates.work_bytes_CSK[:, :, 0], 0.0), axis=(1, 2), initial=0.0)
+    acts[first] += flight[first] * float(rates.prologue.activation_bytes[0])
+    acts[last] += float(rates.epilogue.activation_bytes[0])
+    work[last] += float(rates.epilogue.work_bytes[0])
+    return tuple(
+        MemoryBreakdown(
+            states_bytes=float(states[p]),
+            activations_bytes=float(acts[p]),
+            work_bytes=float(work[p]),
+            fixed_bytes=float(rates.fixed_bytes_K[0]),
+            host_bytes=float(host[p]),
+            in_flight=float(flight[p]),
+        )
+        for p in range(len(flight))
     )
