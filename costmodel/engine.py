@@ -19,18 +19,20 @@ class EngineSpec:
 
     `weight_bytes`, `grad_bytes`, `optimizer_bytes` are per parameter (18 in all for bf16 weights, fp32
     gradients and fp32 master + Adam moments: Rajbhandari et al. 2020, arXiv 1910.02054 section 3.1).
-    `selective_recompute`: op kinds that selective recomputation redoes in backward.
+    `reduce_bytes`: bytes per gradient on the wire. `selective_recompute`: op kinds that selective recomputation
+    redoes in backward.
     `sp_saves_gathered`: sequence parallelism keeps the gathered input of a column-parallel linear for
     backward (DTensor) instead of gathering it again (Megatron: Korthikanti et al. 2022, section 4.2.2).
     `context_bytes`: CUDA context, communicator buffers and library workspaces.
     """
 
     name: str
-    attention: str = "flash"  # "flash" | "unfused"
+    attention: str = "flash"  # "flash" | "cudnn" | "flash3" | "unfused"
     dropout: bool = False
     fuses_elementwise: bool = False
     weight_bytes: float = 2.0
     grad_bytes: float = 4.0
+    reduce_bytes: float = 4.0
     optimizer_bytes: float = 12.0
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     selective_recompute: tuple[OpKind, ...] = (OpKind.NORM, OpKind.ELEMENTWISE)
@@ -64,6 +66,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-core",
+        attention="cudnn",
         fuses_elementwise=True,
         selective_recompute=(OpKind.ATTENTION,),
         zero_stages=(0, 1),
@@ -81,13 +84,73 @@ _ENGINES = (
         fuses_elementwise=True,
         selective_recompute=(OpKind.ATTENTION,),
         zero_stages=(0,),
-        note="Megatron-LM of Narayanan 2021 and Korthikanti 2022: unfused attention, blocking DP all-reduce",
+        reduce_bytes=2.0,
+        note="Megatron-LM of Narayanan 2021: unfused attention, blocking all-reduce of fp16 gradients",
+    ),
+    EngineSpec(
+        name="megatron-2022",
+        attention="unfused",
+        dropout=True,
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION,),
+        zero_stages=(0,),
+        note="Megatron-LM of Korthikanti 2022: unfused attention, blocking all-reduce of fp32 gradients",
+    ),
+    EngineSpec(
+        name="megatron-2023",
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION,),
+        zero_stages=(0, 1),
+        note="Megatron-LM with FlashAttention, before overlap was the default (the sail-sg forks)",
+    ),
+    EngineSpec(
+        name="megatron-deepspeed",
+        attention="unfused",
+        dropout=True,
+        fuses_elementwise=True,
+        zero_stages=(0,),
+        reduce_bytes=2.0,
+        note="Megatron-DeepSpeed: unfused attention, fp16 gradients reduced after the last backward",
+    ),
+    EngineSpec(
+        name="megatron-deepspeed-bf16",
+        attention="unfused",
+        fuses_elementwise=True,
+        zero_stages=(1,),
+        note="Megatron-DeepSpeed of BLOOM: ZeRO-1, bf16 weights, fp32 gradients, no dropout",
+    ),
+    EngineSpec(
+        name="deepspeed-pipe",
+        attention="unfused",
+        dropout=True,
+        fuses_elementwise=True,
+        zero_stages=(0,),
+        reduce_bytes=2.0,
+        note="DeepSpeed's pipeline engine with Megatron-LM 1.1.5 layers",
     ),
     EngineSpec(
         name="nanotron",
         zero_stages=(0, 1),
         overlap_grad_reduce=0.5,
-        note="nanotron: flash-attention 2, ZeRO 0/1, no recompute by default",
+        note="nanotron: FlashAttention-2, ZeRO 0/1, no recompute by default, fp32 gradient accumulation",
+    ),
+    EngineSpec(
+        name="fsdp",
+        zero_stages=(3,),
+        reduce_bytes=2.0,
+        overlap_grad_reduce=0.8,
+        overlap_zero3=0.8,
+        note="torch FSDP1 with 16-bit reduction (llm-foundry's PURE mixed precision)",
+    ),
+    EngineSpec(
+        name="xla",
+        attention="cudnn",
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION, OpKind.NORM, OpKind.ELEMENTWISE),
+        zero_stages=(3,),
+        overlap_grad_reduce=0.8,
+        overlap_zero3=0.8,
+        note="Paxml and MaxText: JAX/XLA FSDP with latency-hiding scheduler",
     ),
     EngineSpec(
         name="torchtitan",

@@ -6,6 +6,7 @@ parallelism divide each layout differently.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.costmodel.engine import EngineSpec
@@ -55,6 +56,8 @@ class LayerFacts:
     `saved` is indexed like RECOMPUTES: activations kept until backward. `selective_traffic` and
     `selective_attention` are redone by selective recomputation. `gathered_bytes`: inputs of column-parallel
     GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
+    `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
+    GEMMs and the embedding put out.
     """
 
     layer: LayerClass
@@ -69,6 +72,7 @@ class LayerFacts:
     vocab_row_bytes: float
     vocab_gathered_bytes: float
     permute_bytes: tuple[float, ...]
+    dropped_bytes: float
     launches: int
 
 
@@ -95,7 +99,7 @@ def _selective_keep(layer: LayerClass, saved: set[int], kinds: frozenset[OpKind]
 
     A saved activation that such an op produced is dropped; what the op reads is kept instead, or recomputed
     in turn when an op of `kinds` (or a view) produced it (Korthikanti et al. 2022, section 5; Chen et al.
-    2016, arXiv 1604.06174).
+    2016, arXiv 1604.06174). Recomputed attention keeps its output, which the projection behind it reads.
     """
     redo_kinds = kinds | {OpKind.VIEW}
     keep: set[int] = set()
@@ -108,7 +112,7 @@ def _selective_keep(layer: LayerClass, saved: set[int], kinds: frozenset[OpKind]
             continue
         seen.add(index)
         producer = layer.activations[index].producer
-        if producer < 0 or layer.ops[producer].kind not in redo_kinds:
+        if producer < 0 or layer.ops[producer].kind not in redo_kinds or _core_output(layer, producer, index):
             keep.add(index)
             continue
         redone.add(producer)
@@ -116,8 +120,31 @@ def _selective_keep(layer: LayerClass, saved: set[int], kinds: frozenset[OpKind]
     return keep, redone
 
 
-def _op_traffic(layer: LayerClass, op_indices: list[int], fuse: bool) -> tuple[Traffic, ...]:
-    """Traffic of the memory-bound ops in `op_indices`; with `fuse`, connected elementwise ops are one kernel."""
+def _core_output(layer: LayerClass, op_index: int, activation: int) -> bool:
+    op = layer.ops[op_index]
+    return op.kind is OpKind.ATTENTION and activation == op.outputs[0]
+
+
+def _saved(layer: LayerClass, engine: EngineSpec) -> set[int]:
+    """What autograd keeps, without what this engine's kernels do not need.
+
+    A fused chain of elementwise ops is differentiated from its inputs, so nothing inside it is kept; attention
+    with its scores in memory has no row statistics beside them.
+    """
+    saved = {i for i, a in enumerate(layer.activations) if a.saved}
+    if engine.attention == "unfused":
+        saved -= {a for op in layer.ops if op.kind is OpKind.ATTENTION for a in op.outputs[1:]}
+    if engine.fuses_elementwise:
+        for members in _fused_groups(layer, range(len(layer.ops)), fuse=True):
+            made = {a for i in members for a in layer.ops[i].outputs}
+            outside = {a for i, op in enumerate(layer.ops) if i not in members for a in op.inputs}
+            read = {a for i in members for a in layer.ops[i].inputs}
+            saved -= (made & read) - outside
+    return saved
+
+
+def _fused_groups(layer: LayerClass, op_indices: Iterable[int], fuse: bool) -> list[list[int]]:
+    """`op_indices` by kernel: each its own; with `fuse`, connected elementwise ops of one cut share one."""
     group_of = {i: i for i in op_indices}
 
     def find(i: int) -> int:
@@ -126,7 +153,7 @@ def _op_traffic(layer: LayerClass, op_indices: list[int], fuse: bool) -> tuple[T
         return i
 
     if fuse:
-        for i in op_indices:
+        for i in group_of:
             op = layer.ops[i]
             if op.kind is not OpKind.ELEMENTWISE:
                 continue
@@ -136,10 +163,15 @@ def _op_traffic(layer: LayerClass, op_indices: list[int], fuse: bool) -> tuple[T
                 if joins:
                     group_of[find(i)] = find(j)
     groups: dict[int, list[int]] = {}
-    for i in op_indices:
+    for i in group_of:
         groups.setdefault(find(i), []).append(i)
+    return list(groups.values())
+
+
+def _op_traffic(layer: LayerClass, op_indices: list[int], fuse: bool) -> tuple[Traffic, ...]:
+    """Traffic of the memory-bound ops in `op_indices`, by cut."""
     sums: dict[tuple[TpCut, bool], tuple[float, int]] = {}
-    for members in groups.values():
+    for members in _fused_groups(layer, op_indices, fuse):
         first = layer.ops[members[0]]
         num_bytes = _group_bytes(layer, members)
         old = sums.get((first.cut, first.routed), (0.0, 0))
@@ -174,7 +206,7 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     matmuls = tuple(op for op in ops if op.kind in matmul_kinds and op.gemm is not None)
     bound = [i for i, op in enumerate(ops) if op.kind in MEMORY_BOUND]
     traffic = _op_traffic(layer, bound, engine.fuses_elementwise)
-    saved = {i for i, a in enumerate(layer.activations) if a.saved}
+    saved = _saved(layer, engine)
     kinds = frozenset(engine.selective_recompute)
     keep, redone = _selective_keep(layer, saved, kinds)
     redone_traffic = _op_traffic(
@@ -183,6 +215,7 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     none = _sum_layouts(layer, saved)
     full = LayoutBytes(outer_bytes=float(layer.input_bytes))
     gathered, rows = _tp_tensors(layer)
+    vocab_rows = _vocab_rows(layer)
     return LayerFacts(
         layer=layer,
         matmuls=matmuls,
@@ -193,14 +226,7 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
         selective_attention=OpKind.ATTENTION in kinds,
         gathered_bytes=tuple(gathered),
         row_bytes=tuple(rows),
-        vocab_row_bytes=float(
-            sum(
-                layer.activations[a].num_bytes
-                for op in ops
-                if op.cut is TpCut.VOCAB and op.kind is OpKind.EMBEDDING
-                for a in op.outputs
-            )
-        ),
+        vocab_row_bytes=vocab_rows,
         vocab_gathered_bytes=float(
             sum(
                 layer.activations[op.inputs[0]].num_bytes
@@ -208,9 +234,16 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
                 if op.cut is TpCut.VOCAB and op.kind is OpKind.GEMM and op.inputs
             )
         ),
+        dropped_bytes=vocab_rows + sum(rows) if engine.dropout else 0.0,
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
         launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
     )
+
+
+def _vocab_rows(layer: LayerClass) -> float:
+    """Bytes of the embedding's output, which a sharded vocabulary leaves as partial sums."""
+    ops = [op for op in layer.ops if op.cut is TpCut.VOCAB and op.kind is OpKind.EMBEDDING]
+    return float(sum(layer.activations[a].num_bytes for op in ops for a in op.outputs))
 
 
 def _out_bytes(layer: LayerClass, op: Op) -> int:

@@ -6,6 +6,7 @@ Every function broadcasts over `Keys`, arrays of equal shape (K,). Times are for
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +124,7 @@ class LayerPrice:
 
     def take(self, index: NDArray[np.int64]) -> LayerPrice:
         """The price at `index` of the key arrays."""
-        values = {}
+        values: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             values[field.name] = tuple(v[index] for v in value) if isinstance(value, tuple) else value[index]
@@ -140,7 +141,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     """Time, activation bytes and parameters of a layer for every key."""
     gemm_f, gemm_b, gemm_w = _matmuls(facts, keys, machine)
     attention_f, attention_b = _attention(facts, keys, machine)
-    memory_f = _traffic(facts.traffic, keys, machine)
+    memory_f = _traffic(facts.traffic, keys, machine) + _dropout(facts, keys, machine)
     memory_b = BACKWARD_TRAFFIC * memory_f
     floor = facts.launches * machine.engine.host_launch_s
     launch_f = np.maximum(floor - (gemm_f + attention_f + memory_f), 0.0)
@@ -164,10 +165,11 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
 
 
 def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:
-    device, dtype = machine.cluster.device, machine.dtype
+    device = machine.cluster.device
     totals = [np.zeros_like(keys.tp) for _ in range(3)]
     for op in facts.matmuls:
         batch, m, n, k = _sharded_gemm(op, keys)
+        dtype = _gemm_dtype(op, machine)
         totals[0] = totals[0] + compute.gemm_s(device, dtype, batch, m, n, k)
         if op.backward_flops == 0:
             continue
@@ -180,6 +182,12 @@ def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Ar
             totals[1] = totals[1] + dgrad
         totals[2] = totals[2] + wgrad
     return totals[0], totals[1], totals[2]
+
+
+def _gemm_dtype(op: Op, machine: Machine) -> str:
+    """8-bit recipes keep the head, the router and products of activations in 16 bits (NVIDIA Transformer Engine)."""
+    narrow = machine.dtype == "float8" and op.kind is OpKind.GEMM and op.cut in (TpCut.COLUMN, TpCut.ROW)
+    return machine.dtype if narrow or machine.dtype != "float8" else "bfloat16"
 
 
 def _sharded_gemm(op: Op, keys: Keys) -> tuple[Array, Array, Array, Array]:
@@ -231,6 +239,13 @@ def _traffic(traffic: tuple[Traffic, ...], keys: Keys, machine: Machine) -> Arra
         num_bytes = part.num_bytes * keys.tokens / keys.cut(part.cut)
         total = total + compute.memory_bound_s(machine.cluster.device, num_bytes, part.num_kernels)
     return total
+
+
+def _dropout(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
+    """Dropout on the residual stream: a byte of mask per element, and one more pass unless it is fused."""
+    passes = 0.0 if machine.engine.fuses_elementwise else 2.0
+    num_bytes = facts.dropped_bytes * (passes + 1 / machine.dtype_bytes) * keys.tokens / keys.outer
+    return compute.memory_bound_s(machine.cluster.device, num_bytes, 0)
 
 
 def _tensor_parallel(
@@ -325,6 +340,8 @@ def _expert_parallel(facts: LayerFacts, keys: Keys, machine: Machine, forward_s:
 def _saved(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:
     """Activation bytes kept for backward under recompute none, selective, full."""
     none, selective, full = (_layout_bytes(part, keys, machine) for part in facts.saved)
+    masks = facts.dropped_bytes / machine.dtype_bytes * keys.tokens / keys.outer
+    none, selective = none + masks, selective + masks
     if machine.engine.attention == "unfused":
         # Korthikanti et al. 2022, section 4.1: softmax output, and with dropout its mask and output, of every score.
         per_score = 2 * machine.dtype_bytes + 1 if machine.engine.dropout else machine.dtype_bytes

@@ -223,6 +223,6 @@ def _step_s(tied: Array, pp: Array, machine: Machine) -> Array:
     one = np.ones_like(pp)
     norm = comm.all_reduce_s(cluster, domains, 4.0 * one, one, machine.num_gpus * one)
     stride = machine.num_gpus / pp
-    tie = comm.all_reduce_s(cluster, domains, tied * machine.engine.grad_bytes, stride, np.minimum(pp, 2.0))
+    tie = comm.all_reduce_s(cluster, domains, tied * machine.engine.reduce_bytes, stride, np.minimum(pp, 2.0))
     total: Array = norm + np.where(pp > 1, tie, 0.0)
     return total

@@ -84,7 +84,7 @@ def gather_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine)
 
 def scatter_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
     """Reduce-scatter of gradients over the ZeRO groups."""
-    cluster, domains, grad = machine.cluster, machine.domains, machine.engine.grad_bytes
+    cluster, domains, grad = machine.cluster, machine.domains, machine.engine.reduce_bytes
     first = comm.reduce_scatter_s(cluster, domains, dense * grad, layout.tp, layout.shard)
     stride = layout.tp * layout.ep
     return first + comm.reduce_scatter_s(cluster, domains, routed * grad, stride, layout.routed_shard)
@@ -92,7 +92,7 @@ def scatter_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine
 
 def replicate_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
     """All-reduce of gradients: over all data ranks without ZeRO, of each shard over the replicas with it."""
-    cluster, domains, grad = machine.cluster, machine.domains, machine.engine.grad_bytes
+    cluster, domains, grad = machine.cluster, machine.domains, machine.engine.reduce_bytes
     sharded = layout.zero >= 1
     shard = np.where(sharded, layout.shard, 1.0)
     size = layout.data_ranks / shard
