@@ -8,6 +8,7 @@ calibration of reports/ fits them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from planner.costmodel.graph import OpKind
@@ -23,16 +24,22 @@ class EngineSpec:
     redoes in backward.
     `sp_saves_gathered`: sequence parallelism keeps the gathered input of a column-parallel linear for
     backward (DTensor) instead of gathering it again (Megatron: Korthikanti et al. 2022, section 4.2.2).
+    `attention_flops_per_s`: what the attention kernel reaches at best on any device, for kernels older than the
+    device. `accumulate_bytes`: HBM traffic per parameter and micro-batch of adding a gradient to its buffer, beyond the
+    16-bit write of the GEMM itself. `logit_bytes`: memory per logit at the peak of the loss's backward.
     `context_bytes`: CUDA context, communicator buffers and library workspaces.
     """
 
     name: str
     attention: str = "flash"  # "flash" | "cudnn" | "flash3" | "unfused"
+    attention_flops_per_s: float = math.inf
     dropout: bool = False
     fuses_elementwise: bool = False
     weight_bytes: float = 2.0
     grad_bytes: float = 4.0
     reduce_bytes: float = 4.0
+    accumulate_bytes: float = 6.0
+    logit_bytes: float = 12.0
     optimizer_bytes: float = 12.0
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     selective_recompute: tuple[OpKind, ...] = (OpKind.NORM, OpKind.ELEMENTWISE)
@@ -48,7 +55,8 @@ class EngineSpec:
     overlap_offload: float = 0.0
     context_bytes: float = 1.5e9
     fragmentation_frac: float = 0.03  # of activations: what the caching allocator cannot reuse
-    host_launch_s: float = 5e-6  # CPU time to issue one kernel; a layer is never faster than its launches
+    host_launch_s: float = 5e-6  # CPU time to issue one op of the traced graph; the device may have to wait for it
+    host_collective_s: float = 0.0  # the same for one tensor-parallel collective
     host_adam_params_per_s: float = 1.0e9  # CPU optimizer rate per GPU's share of the host
     note: str = ""
 
@@ -66,6 +74,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-core",
+        logit_bytes=8.0,
         attention="cudnn",
         fuses_elementwise=True,
         selective_recompute=(OpKind.ATTENTION,),
@@ -79,6 +88,8 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-2021",
+        logit_bytes=8.0,
+        accumulate_bytes=2.0,
         attention="unfused",
         dropout=True,
         fuses_elementwise=True,
@@ -89,6 +100,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-2022",
+        logit_bytes=8.0,
         attention="unfused",
         dropout=True,
         fuses_elementwise=True,
@@ -98,13 +110,33 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-2023",
+        logit_bytes=8.0,
         fuses_elementwise=True,
         selective_recompute=(OpKind.ATTENTION,),
         zero_stages=(0, 1),
-        note="Megatron-LM with FlashAttention, before overlap was the default (the sail-sg forks)",
+        grad_bytes=2.0,
+        reduce_bytes=2.0,
+        accumulate_bytes=2.0,
+        note="Megatron-LM with FlashAttention and 16-bit gradients (the forks of the zero-bubble authors)",
+    ),
+    EngineSpec(
+        name="megatron-2023-unfused",
+        attention="unfused",
+        dropout=True,
+        logit_bytes=8.0,
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION,),
+        zero_stages=(0, 1),
+        grad_bytes=2.0,
+        reduce_bytes=2.0,
+        accumulate_bytes=2.0,
+        note="the same with scores in memory and dropout",
     ),
     EngineSpec(
         name="megatron-deepspeed",
+        host_launch_s=80e-6,
+        host_collective_s=20e-6,
+        logit_bytes=8.0,
         attention="unfused",
         dropout=True,
         fuses_elementwise=True,
@@ -114,6 +146,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-deepspeed-bf16",
+        logit_bytes=8.0,
         attention="unfused",
         fuses_elementwise=True,
         zero_stages=(1,),
@@ -121,6 +154,8 @@ _ENGINES = (
     ),
     EngineSpec(
         name="deepspeed-pipe",
+        host_launch_s=60e-6,
+        logit_bytes=8.0,
         attention="unfused",
         dropout=True,
         fuses_elementwise=True,
@@ -130,17 +165,24 @@ _ENGINES = (
     ),
     EngineSpec(
         name="nanotron",
+        host_launch_s=20e-6,
+        host_collective_s=220e-6,
         zero_stages=(0, 1),
         overlap_grad_reduce=0.5,
+        sp_saves_gathered=True,
+        accumulate_bytes=10.0,
+        logit_bytes=16.0,
         note="nanotron: FlashAttention-2, ZeRO 0/1, no recompute by default, fp32 gradient accumulation",
     ),
     EngineSpec(
-        name="fsdp",
+        name="llm-foundry",
+        attention_flops_per_s=100e12,
         zero_stages=(3,),
         reduce_bytes=2.0,
         overlap_grad_reduce=0.8,
         overlap_zero3=0.8,
-        note="torch FSDP1 with 16-bit reduction (llm-foundry's PURE mixed precision)",
+        note="llm-foundry of 2023: torch FSDP1 with 16-bit reduction, first-generation flash attention, which "
+        "reaches about 100 TFLOP/s forward and backward (Dao 2023, arXiv 2307.08691, figure 4)",
     ),
     EngineSpec(
         name="xla",

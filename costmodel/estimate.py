@@ -238,7 +238,7 @@ def _with_ends(body: Array, rates: Rates, name: str, first: int, last: int) -> A
 _COMPONENTS = {
     "gemm": ("gemm_f", "gemm_b", "gemm_w"),
     "attention": ("attention_f", "attention_b"),
-    "memory_bound": ("memory_f", "memory_b"),
+    "memory_bound": ("memory_f", "memory_b", "accumulate_w"),
     "launch": ("launch_f", "launch_b"),
     "tp": ("tp_f", "tp_b"),
     "cp": ("cp_f", "cp_b"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.costmodel.engine import EngineSpec
-from planner.costmodel.graph import LayerClass, Op, OpKind, TensorLayout, TpCut
+from planner.costmodel.graph import Activation, LayerClass, Op, OpKind, TensorLayout, TpCut
 
 RECOMPUTES = ("none", "selective", "full")
 MEMORY_BOUND = frozenset(
@@ -57,7 +57,7 @@ class LayerFacts:
     `selective_attention` are redone by selective recomputation. `gathered_bytes`: inputs of column-parallel
     GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
-    GEMMs and the embedding put out.
+    GEMMs and the embedding put out. `loss_bytes`: log-probabilities kept for backward.
     """
 
     layer: LayerClass
@@ -73,6 +73,7 @@ class LayerFacts:
     vocab_gathered_bytes: float
     permute_bytes: tuple[float, ...]
     dropped_bytes: float
+    loss_bytes: float
     launches: int
 
 
@@ -235,9 +236,15 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
             )
         ),
         dropped_bytes=vocab_rows + sum(rows) if engine.dropout else 0.0,
+        loss_bytes=float(sum(a.num_bytes for a in layer.activations if a.saved and _makes_loss(layer, a))),
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
         launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
     )
+
+
+def _makes_loss(layer: LayerClass, activation: Activation) -> bool:
+    producer = activation.producer
+    return producer >= 0 and layer.ops[producer].kind is OpKind.LOSS and activation.scales_with_batch
 
 
 def _vocab_rows(layer: LayerClass) -> float:

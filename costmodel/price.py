@@ -21,6 +21,7 @@ Array = NDArray[np.float64]
 # A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
+HOST_NORM = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +84,16 @@ class Keys:
 class LayerPrice:
     """Seconds and bytes of one layer on one rank for one micro-batch, arrays (K,).
 
-    `*_f` forward, `*_b` backward with respect to inputs, `gemm_w` with respect to weights; communication is
+    `*_f` forward, `*_b` backward with respect to inputs, `*_w` with respect to weights; communication is
     the exposed part. `launch_*`: what the host needs beyond the device. `saved` and `redo`: activation bytes
-    kept and time redone in backward under recompute none, selective, full.
+    kept and time redone in backward under recompute none, selective, full. `loss_bytes`: the part of `saved` that
+    is log-probabilities.
     """
 
     gemm_f: Array
     gemm_b: Array
     gemm_w: Array
+    accumulate_w: Array
     attention_f: Array
     attention_b: Array
     memory_f: Array
@@ -105,6 +108,7 @@ class LayerPrice:
     ep_b: Array
     saved: tuple[Array, Array, Array]
     redo: tuple[Array, Array, Array]
+    loss_bytes: Array
     boundary_bytes: Array
     dense_params: Array
     routed_params: Array
@@ -122,6 +126,11 @@ class LayerPrice:
         parts = self.gemm_b + self.attention_b + self.memory_b + self.launch_b
         return parts + self.tp_b + self.cp_b + self.ep_b
 
+    @property
+    def weight_s(self) -> Array:
+        """Backward with respect to weights."""
+        return self.gemm_w + self.accumulate_w
+
     def take(self, index: NDArray[np.int64]) -> LayerPrice:
         """The price at `index` of the key arrays."""
         values: dict[str, Any] = {}
@@ -137,29 +146,46 @@ def exposed(comm_s: Array, compute_s: Array, overlap: float) -> Array:
     return hidden
 
 
+def host_bound_s(busy_s: Array, host_s: Array) -> Array:
+    """Seconds that a device waits for a host that needs `host_s` to issue what takes it `busy_s`.
+
+    Short and long kernels alternate, so neither hides the other fully: the p-norm of both, less `busy_s`, p = 3
+    (MODELLED; its test is the single-node rows of vTrain, between launch-bound and compute-bound).
+    """
+    both: Array = (busy_s**HOST_NORM + host_s**HOST_NORM) ** (1 / HOST_NORM)
+    return both - busy_s
+
+
 def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     """Time, activation bytes and parameters of a layer for every key."""
     gemm_f, gemm_b, gemm_w = _matmuls(facts, keys, machine)
     attention_f, attention_b = _attention(facts, keys, machine)
     memory_f = _traffic(facts.traffic, keys, machine) + _dropout(facts, keys, machine)
     memory_b = BACKWARD_TRAFFIC * memory_f
-    floor = facts.launches * machine.engine.host_launch_s
-    launch_f = np.maximum(floor - (gemm_f + attention_f + memory_f), 0.0)
-    launch_b = np.maximum(2 * floor - (gemm_b + gemm_w + attention_b + memory_b), 0.0)
     tp_f, tp_b = _tensor_parallel(facts, keys, machine, gemm_f, gemm_b + gemm_w)
     cp_f, cp_b = _context_parallel(facts, keys, machine, attention_f, attention_b)
     ep_f = _expert_parallel(facts, keys, machine, gemm_f)
+    dense, routed, frozen = _params(facts, keys)
+    accumulated = (dense + routed) * machine.engine.accumulate_bytes
+    accumulate_w = compute.memory_bound_s(machine.cluster.device, accumulated, 0)
+    collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
+    floor = facts.launches * machine.engine.host_launch_s
+    floor = floor + np.where(keys.tp > 1, collectives * machine.engine.host_collective_s, 0.0)
+    launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor)
+    busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
+    launch_b = host_bound_s(busy_b, 2 * floor)
     zero = np.zeros_like(keys.tp)
     selective = _traffic(facts.selective_traffic, keys, machine)
     if facts.selective_attention:
         selective = selective + attention_f
     full = gemm_f + attention_f + memory_f + launch_f + tp_f + cp_f + ep_f
-    dense, routed, frozen = _params(facts, keys)
     return LayerPrice(
-        gemm_f=gemm_f, gemm_b=gemm_b, gemm_w=gemm_w, attention_f=attention_f, attention_b=attention_b,
-        memory_f=memory_f, memory_b=memory_b, launch_f=launch_f, launch_b=launch_b, tp_f=tp_f, tp_b=tp_b,
-        cp_f=cp_f, cp_b=cp_b, ep_f=ep_f, ep_b=ep_f, saved=_saved(facts, keys, machine),
-        redo=(zero, selective, full), boundary_bytes=facts.layer.input_bytes * keys.tokens / keys.outer,
+        gemm_f=gemm_f, gemm_b=gemm_b, gemm_w=gemm_w, accumulate_w=accumulate_w,
+        attention_f=attention_f, attention_b=attention_b, memory_f=memory_f, memory_b=memory_b,
+        launch_f=launch_f, launch_b=launch_b, tp_f=tp_f, tp_b=tp_b, cp_f=cp_f, cp_b=cp_b, ep_f=ep_f, ep_b=ep_f,
+        saved=_saved(facts, keys, machine), redo=(zero, selective, full),
+        loss_bytes=facts.loss_bytes * keys.tokens / keys.vocab_tp,
+        boundary_bytes=facts.layer.input_bytes * keys.tokens / keys.outer,
         dense_params=dense, routed_params=routed, frozen_params=frozen,
     )  # fmt: skip
 
@@ -215,8 +241,9 @@ def _attention(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, 
         a = op.attention
         assert a is not None
         cut = keys.cut(op.cut) * keys.ulysses
+        share = keys.micro_batch_size / (cut * keys.ring)
         for i, backward in enumerate((False, True)):
-            totals[i] = totals[i] + compute.attention_s(
+            seconds = compute.attention_s(
                 machine.cluster.device,
                 machine.dtype,
                 batch=a.batch * keys.micro_batch_size,
@@ -230,6 +257,8 @@ def _attention(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, 
                 implementation=machine.engine.attention,
                 backward=backward,
             )
+            flops = (op.backward_flops if backward else op.flops) * share
+            totals[i] = totals[i] + np.maximum(seconds, flops / machine.engine.attention_flops_per_s)
     return totals[0], totals[1]
 
 

@@ -17,6 +17,8 @@ from planner.costmodel.price import Array, LayerPrice, Machine, exposed
 from planner.costmodel.state import StateLayout, host_state_bytes, layer_sync_s, state_bytes
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES
 
+LOG_PROB_BYTES = 4  # the loss keeps float32 log-probabilities
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndRates:
@@ -114,7 +116,7 @@ def build_rates(
     return Rates(
         forward_s_CK=np.stack([p.forward_s + f for p, (f, _) in zip(price_c, synced, strict=True)]),
         backward_s_CK=np.stack([p.backward_input_s + b for p, (_, b) in zip(price_c, synced, strict=True)]),
-        weight_s_CK=np.stack([p.gemm_w for p in price_c]),
+        weight_s_CK=np.stack([p.weight_s for p in price_c]),
         zero_f_CK=np.stack([f for f, _ in synced]),
         zero_b_CK=np.stack([b for _, b in synced]),
         extra_s_CSK=extra,
@@ -139,7 +141,7 @@ def build_rates(
 
 
 def _synced(price: LayerPrice, layout: StateLayout, machine: Machine) -> tuple[Array, Array]:
-    backward = price.backward_input_s + price.gemm_w
+    backward = price.backward_input_s + price.weight_s
     return layer_sync_s(price.dense_params, price.routed_params, price.forward_s, backward, layout, machine)
 
 
@@ -152,7 +154,7 @@ def _options(price: LayerPrice, sync_f: Array, sync_b: Array, machine: Machine) 
     engine, device = machine.engine, machine.cluster.device
     keep = 1.0 + engine.fragmentation_frac
     forward = price.forward_s + sync_f
-    backward = price.backward_input_s + price.gemm_w + sync_b
+    backward = price.backward_input_s + price.weight_s + sync_b
     rows: list[tuple[Array, Array, Array, Array]] = []
     for strategy in STRATEGIES:
         kind = RECOMPUTE_KINDS.index(strategy.recompute)
@@ -177,19 +179,20 @@ def _vocab_div(prices: Prices, graph: ModelGraph) -> Array:
 
 def _end(price: LayerPrice, tied: Array, layout: StateLayout, machine: Machine) -> EndRates:
     dense = price.dense_params + tied
-    backward = price.backward_input_s + price.gemm_w
+    backward = price.backward_input_s + price.weight_s
     zero_f, zero_b = layer_sync_s(dense, price.routed_params, price.forward_s, backward, layout, machine)
     keep = 1.0 + machine.engine.fragmentation_frac
+    loss = price.loss_bytes * (machine.engine.logit_bytes / LOG_PROB_BYTES - 1)
     return EndRates(
         forward_s=price.forward_s + zero_f,
         backward_s=price.backward_input_s + zero_b,
-        weight_s=price.gemm_w,
+        weight_s=price.weight_s,
         zero_f=zero_f,
         zero_b=zero_b,
         state_bytes=state_bytes(dense, price.routed_params, price.frozen_params, layout, machine),
         host_bytes=host_state_bytes(dense, price.routed_params, layout, machine),
         activation_bytes=keep * price.saved[0],
-        work_bytes=0.5 * keep * price.saved[0],
+        work_bytes=keep * (loss + 0.5 * (price.saved[0] - price.loss_bytes)),
         dense=dense,
         routed=price.routed_params,
     )

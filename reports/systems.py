@@ -39,6 +39,7 @@ class Software:
 MEGATRON_VOCAB = 128
 _MEGATRON_2021 = Software(engine="megatron-2021", vocab_multiple=MEGATRON_VOCAB, tied=True)
 _MEGATRON_CORE = Software(engine="megatron-core", vocab_multiple=MEGATRON_VOCAB)
+_SAIL = Software(engine="megatron-2023", vocab_multiple=MEGATRON_VOCAB, tied=False)
 _XLA = Software(engine="xla", fused_projections=False)
 
 # Source, and where a source compares systems "source|system", to the software that ran.
@@ -56,13 +57,11 @@ SOFTWARE: dict[str, Software] = {
     "Megatron-Bridge skills & cards": dataclasses.replace(_MEGATRON_CORE, memory="allocated"),
     "NVIDIA dgxc-benchmarking": _MEGATRON_CORE,
     "NVIDIA dgxc-benchmarking|xla": _XLA,
-    "ZeroBubble": Software(engine="megatron-2023", vocab_multiple=MEGATRON_VOCAB, tied=False, memory_unit_bytes=GB),
-    "VocabularyParallelism": Software(engine="megatron-2023", vocab_multiple=MEGATRON_VOCAB, tied=False,
-                                      memory_unit_bytes=GB),
-    "VocabularyParallelism|Megatron-LM fork (sail-sg): Redis": Software(
-        engine="megatron-2023", stages="balanced", vocab_multiple=MEGATRON_VOCAB, tied=False, memory_unit_bytes=GB),
+    "ZeroBubble": dataclasses.replace(_SAIL, engine="megatron-2023-unfused", memory_unit_bytes=GB),
+    "VocabularyParallelism": _SAIL,
+    "VocabularyParallelism|Redis": dataclasses.replace(_SAIL, stages="balanced"),
     "Ultra-Scale Playbook (nanotron)": Software(engine="nanotron", stages="nanotron", tied=False),
-    "llm-foundry (MosaicML)": Software(engine="fsdp", tied=True),
+    "llm-foundry (MosaicML)": Software(engine="llm-foundry", tied=True),
     "PaddleNLP": Software(engine="megatron-core"),
     "Alpa": Software(engine="megatron-2021", vocab_multiple=MEGATRON_VOCAB, tied=True, memory_unit_bytes=GB),
     "Aceso": dataclasses.replace(_MEGATRON_2021, engine="megatron-2022"),
@@ -88,7 +87,7 @@ def software_of(row: Row) -> Software:
         if word in system:
             raise Skip(f"not in the cost model: {reason}")
     compiled = "JAX/XLA" in row.text("notes")
-    for key in (f"{row.source}|{system}", f"{row.source}|xla" if compiled else "", row.source):
+    for key in (f"{row.source}|{system.rpartition(': ')[2]}", f"{row.source}|xla" if compiled else "", row.source):
         if key in SOFTWARE:
             return SOFTWARE[key]
     raise Skip("no engine is known for this source")
@@ -135,7 +134,9 @@ def _with_network(preset: str, gpus_per_node: int, network: str) -> ClusterSpec:
 
 
 def _nodes(cluster: ClusterSpec, gpus_per_node: int) -> dict[str, object]:
-    if cluster.node_size == gpus_per_node:
+    if cluster.node_size == gpus_per_node or gpus_per_node == 1:
         return {}
-    inner = dataclasses.replace(cluster.tiers[0], domain_size=gpus_per_node)
+    # Sixteen GPUs in a node (DGX-2) are joined by switches, whatever joins eight.
+    topology = "switch" if gpus_per_node > cluster.node_size else cluster.tiers[0].topology
+    inner = dataclasses.replace(cluster.tiers[0], domain_size=gpus_per_node, topology=topology)
     return {"node_size": gpus_per_node, "tiers": (inner, *cluster.tiers[1:])}
