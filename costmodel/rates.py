@@ -134,7 +134,7 @@ def build_rates(
         prologue=_end(prices.prologue, np.zeros_like(tied), layout, machine),
         epilogue=_end(prices.epilogue, tied, layout, machine),
         fixed_bytes_K=_fixed_bytes(prices, layout, pp, vpp, machine),
-        p2p_s_K=_p2p_s(prices, pp, vpp, machine),
+        p2p_s_K=p2p_s(boundary_bytes(prices), pp, vpp, machine),
         step_s_K=_step_s(tied, pp, machine),
         layout=layout,
     )
@@ -204,15 +204,19 @@ def _fixed_bytes(prices: Prices, layout: StateLayout, pp: Array, vpp: Array, mac
     largest = np.max(np.stack([p.dense_params + p.routed_params for p in prices.classes]), axis=0)
     gathered = np.where(layout.zero >= 3, 2 * largest * engine.weight_bytes, 0.0)
     reduced = np.where(layout.zero >= 2, largest * engine.grad_bytes, 0.0)
-    boundary = np.max(np.stack([p.boundary_bytes for p in prices.classes]), axis=0)
-    buffers = np.where(pp > 1, 2 * vpp * boundary, 0.0)
+    buffers = np.where(pp > 1, 2 * vpp * boundary_bytes(prices), 0.0)
     total: Array = engine.context_bytes + gathered + reduced + buffers
     return total
 
 
-def _p2p_s(prices: Prices, pp: Array, vpp: Array, machine: Machine) -> Array:
-    """Blocking share of one boundary transfer between neighbouring stages."""
-    boundary = np.max(np.stack([p.boundary_bytes for p in prices.classes]), axis=0)
+def boundary_bytes(prices: Prices) -> Array:
+    """Largest tensor set that crosses a pipeline cut, bytes of one rank and micro-batch."""
+    largest: Array = np.max(np.stack([p.boundary_bytes for p in prices.classes]), axis=0)
+    return largest
+
+
+def p2p_s(boundary: Array, pp: Array, vpp: Array, machine: Machine) -> Array:
+    """Blocking share of one transfer of `boundary` bytes between neighbouring stages."""
     engine = machine.engine
     hop = comm.send_recv_s(machine.cluster, machine.domains, boundary, machine.num_gpus / pp)
     hidden = np.where(vpp > 1, engine.overlap_p2p_interleaved, engine.overlap_p2p)
