@@ -2,10 +2,11 @@
 
 A group of a mesh axis is (stride, size): ranks r0 + i*stride. On tier i, c_i members of the group sit in one domain
 (c_-1 = 1, c_last = size). Legend: n bytes, k = size, B_i = bandwidth * efficiency of tier i per GPU.
-Ring (NCCL, and SYSTEMS.md 2.2): a chunk is n/k; hops_i = k/c_(i-1) - k/c_i of the k-1 steps cross tier i, and c_(i-1)
-members share what leaves their domain, each with its own NIC, so tier i needs (k-1) n/k / (c_(i-1) B_i). The tiers
-work as a pipeline: the slowest sets the rate, latencies add. An all-reduce is the faster of ring, tree and in-switch
-(NVLS) reduction, as NCCL chooses. All terms grow with bytes, fall with bandwidth and grow with latency.
+Ring (NCCL, and SYSTEMS.md 2.2): a chunk is n/k; every one of the k-1 steps occupies every link, and c_(i-1) members
+share what leaves their domain, each with its own NIC, so tier i needs (k-1) n/k / (c_(i-1) B_i) and a gap per step.
+The tiers work as a pipeline: the slowest sets the pace, the latencies of one turn (k/c_(i-1) - k/c_i hops cross tier
+i) add. An all-reduce is the faster of ring, tree and in-switch (NVLS) reduction, as NCCL chooses. All terms grow with
+bytes, fall with bandwidth and grow with latency.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def group_members(domain: int, stride: ArrayLike, size: ArrayLike) -> NDArray[np
     while True:  # at most `domain` rounds, one for powers of two
         uneven = size_i % members != 0
         if not uneven.any():
-            return members
+            return np.asarray(members, np.int64)
         members = members - uneven
 
 
@@ -65,48 +66,66 @@ def _fits(cluster: ClusterSpec, domains: tuple[int, ...], name: str) -> list[Col
     return [tier.collectives[name] for tier in cluster.tiers]
 
 
-def _latency_s(fits: list[CollectiveFit], hops: list[Array], chunk_bytes: Array) -> Array:
-    """Start of the collective plus its hops, each dearer once chunks leave the low-latency protocol."""
-    total = fits[0].base_s * (sum(hops) > 0)
-    for fit, count in zip(fits, hops, strict=True):
-        ramp = -np.expm1(-chunk_bytes / fit.ramp_bytes)
-        total = total + count * (fit.step_s + fit.ramp_step_s * ramp)
-    return np.asarray(total, np.float64)
+def _ramp_s(fit: CollectiveFit, message_bytes: Array) -> Array:
+    """Extra time of a hop whose messages leave the low-latency protocol."""
+    return -fit.ramp_step_s * np.expm1(-message_bytes / fit.ramp_bytes)
 
 
-def _rate(cluster: ClusterSpec, tier: int, fit: CollectiveFit) -> float:
-    return cluster.tiers[tier].bandwidth_bytes_per_s.value * fit.efficiency
+def _rate(cluster: ClusterSpec, tier: int, efficiency: float, members: Array) -> Array:
+    """Bytes per second that one of `members` GPUs in a domain reaches on `tier`, by its topology."""
+    spec = cluster.tiers[tier]
+    others = np.maximum(members, 2.0) - 1
+    share = {"switch": np.ones_like(others), "mesh": others / max(spec.domain_size - 1, 1), "bus": 1 / others}
+    return np.asarray(spec.bandwidth_bytes_per_s.value * efficiency * share[spec.topology], np.float64)
 
 
-def _ring_s(cluster: ClusterSpec, domains: tuple[int, ...], name: str, num_bytes: ArrayLike, stride: ArrayLike,
-            size: ArrayLike, passes: int) -> Array:
-    """Ring of `passes` turns over the group: 1 for all-gather and reduce-scatter, 2 for all-reduce."""
+def _ring_s(
+    cluster: ClusterSpec,
+    domains: tuple[int, ...],
+    name: str,
+    num_bytes: ArrayLike,
+    stride: ArrayLike,
+    size: ArrayLike,
+    passes: int,
+) -> Array:
+    """Ring of `passes` turns over the group: 1 for all-gather and reduce-scatter, 2 for all-reduce.
+
+    Each of the passes * (k-1) steps occupies every link of the ring: the slowest tier sets the pace. A chunk's own
+    way round the ring, hop by hop, is paid once on top.
+    """
     fits = _fits(cluster, domains, name)
     group = _group(domains, stride, size)
     chunk = np.asarray(num_bytes, np.float64) / group.size
-    hops = [passes * group.hops(tier) for tier in range(len(fits))]
-    wire = np.zeros_like(chunk * group.size)
+    steps = passes * (group.size - 1)
+    paced = np.zeros_like(chunk * group.size)
+    way = fits[0].base_s * (steps > 0)
     for tier, fit in enumerate(fits):
-        steps = passes * (group.size - 1) + fit.fill_steps
-        needed = chunk * steps / (group.inner(tier) * _rate(cluster, tier, fit))
-        wire = np.maximum(wire, np.where(hops[tier] > 0, needed, 0.0))
-    return wire + _latency_s(fits, hops, chunk)
+        hops = passes * group.hops(tier)
+        message = chunk / group.inner(tier)
+        rate = _rate(cluster, tier, fit.efficiency, group.members[tier])
+        occupied = (steps + fit.fill_steps) * message / rate + steps * _ramp_s(fit, message)
+        paced = np.maximum(paced, np.where(hops > 0, occupied, 0.0))
+        way = way + hops * fit.step_s
+    return np.asarray(paced + way, np.float64)
 
 
-def all_gather_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike,
-                 size: ArrayLike) -> Array:
+def all_gather_s(
+    cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
+) -> Array:
     """Seconds to gather; `num_bytes` is the full gathered tensor on each GPU. NCCL ring: (k-1) n/k per GPU."""
     return _ring_s(cluster, domains, "all_gather", num_bytes, stride, size, 1)
 
 
-def reduce_scatter_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike,
-                     size: ArrayLike) -> Array:
+def reduce_scatter_s(
+    cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
+) -> Array:
     """Seconds to reduce-scatter; `num_bytes` is the full tensor before it. NCCL ring: (k-1) n/k per GPU."""
     return _ring_s(cluster, domains, "reduce_scatter", num_bytes, stride, size, 1)
 
 
-def all_reduce_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike,
-                 size: ArrayLike) -> Array:
+def all_reduce_s(
+    cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
+) -> Array:
     """Seconds to all-reduce `num_bytes` per GPU: the fastest of ring, tree across domains, and in-switch (NVLS)."""
     ring = _ring_s(cluster, domains, "all_reduce", num_bytes, stride, size, 2)
     if cluster.backend == "gloo":
@@ -114,35 +133,40 @@ def all_reduce_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: Arra
     return np.minimum(ring, _tree_s(cluster, domains, num_bytes, stride, size))
 
 
-def _tree_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike,
-            size: ArrayLike) -> Array:
+def _tree_s(
+    cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
+) -> Array:
     """Double binary tree over domains (Sanders et al. 2009; NCCL 2.4), NVLS or a chain inside the innermost one.
 
-    Between domains each side sends n once when there are two of them and 2n otherwise; inside, NVLS moves n
-    through the switch (each GPU sends and receives n at once), a chain 2n. Without NVLS a group inside one domain
-    has no tree (inf): NCCL does not offer it.
+    Between domains each side sends n once when there are two of them and 2n otherwise. Inside, with c members: NVLS
+    reads every member's n and a member stores its own n/c (multimem load-reduce and store, Klenk et al. 2020), so a
+    link carries n (1 + 1/c); a chain 2n. Without NVLS a group inside one domain has no tree (inf): NCCL offers none.
     """
     fits = _fits(cluster, domains, "all_reduce")
     group = _group(domains, stride, size)
     n = np.asarray(num_bytes, np.float64) + 0 * group.size
     nvls = cluster.tiers[0].nvls_efficiency
-    inside = n / (cluster.tiers[0].bandwidth_bytes_per_s.value * nvls) if nvls else 2 * n / _rate(cluster, 0, fits[0])
-    wire = np.where(group.members[0] > 1, inside, 0.0)
-    depth = [group.members[0] - 1.0]
-    for tier in range(1, len(fits)):
+    inner = group.members[0]
+    sent = n * (1 + 1 / inner) if nvls else 2 * n
+    inside = sent / _rate(cluster, 0, nvls or fits[0].efficiency, inner)
+    wire = np.where(inner > 1, inside, 0.0)
+    # The chain inside a domain goes up and down; a switch reduces in the same two traversals.
+    way = fits[0].base_s + 2 * (inner - 1) * (fits[0].step_s + _ramp_s(fits[0], n / group.size))
+    for tier, fit in enumerate(fits[1:], 1):
         branches = group.members[tier] / group.inner(tier)
         sent = n * np.where(branches > 2, 2.0, np.where(branches > 1, 1.0, 0.0))
-        wire = np.maximum(wire, sent / (group.inner(tier) * _rate(cluster, tier, fits[tier])))
-        depth.append(2 * np.ceil(np.log2(branches)))
-    # The chain inside a domain goes up and down; a switch reduces in the same two traversals.
-    depth[0] = 2 * depth[0]
-    time = wire + _latency_s(fits, depth, n / group.size)
-    one_domain = (group.size == group.members[0]) & (group.size > 1)
+        rate = group.inner(tier) * _rate(cluster, tier, fit.efficiency, group.members[tier])
+        wire = np.maximum(wire, sent / rate)
+        message = n / (group.size * group.inner(tier))
+        way = way + 2 * np.ceil(np.log2(branches)) * (fit.step_s + _ramp_s(fit, message))
+    time = np.where(group.size > 1, wire + way, 0.0)
+    one_domain = (group.size == inner) & (group.size > 1)
     return np.where(one_domain & (nvls == 0), np.inf, time)
 
 
-def all_to_all_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike,
-                 size: ArrayLike) -> Array:
+def all_to_all_s(
+    cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
+) -> Array:
     """Seconds of an all-to-all; `num_bytes` is each GPU's whole send buffer, 1/k of which stays with it.
 
     Bytes for peers in the same innermost domain use its links, all others leave through the outer tiers at once.
@@ -151,14 +175,14 @@ def all_to_all_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: Arra
     group = _group(domains, stride, size)
     chunk = np.asarray(num_bytes, np.float64) / group.size
     wire = np.zeros_like(chunk * group.size)
-    peers: list[Array] = []
+    way = fits[0].base_s * (group.size > 1)
     for tier, fit in enumerate(fits):
         inner = group.inner(tier)
         crossing = (group.members[tier] if tier == 0 else group.size) - inner
         sent = chunk * np.where(crossing > 0, crossing + fit.fill_steps, 0.0)
-        wire = np.maximum(wire, sent / _rate(cluster, tier, fit))
-        peers.append(group.members[tier] - inner)
-    return wire + _latency_s(fits, peers, chunk)
+        wire = np.maximum(wire, sent / _rate(cluster, tier, fit.efficiency, group.members[tier]))
+        way = way + (group.members[tier] - inner) * (fit.step_s + _ramp_s(fit, chunk))
+    return np.asarray(wire + way, np.float64)
 
 
 def send_recv_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, distance: ArrayLike) -> Array:
@@ -169,8 +193,7 @@ def send_recv_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: Array
     inner = 0
     for tier, fit in enumerate(fits):
         here = (away > 0) & (away >= inner)
-        ramp = -np.expm1(-n / fit.ramp_bytes)
-        seconds = fits[0].base_s + fit.step_s + fit.ramp_step_s * ramp + n / _rate(cluster, tier, fit)
+        seconds = fits[0].base_s + fit.step_s + _ramp_s(fit, n) + n / _rate(cluster, tier, fit.efficiency, np.ones(()))
         time = np.where(here, np.maximum(time, seconds), time)
         inner = domains[tier]
     return time

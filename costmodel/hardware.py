@@ -20,6 +20,8 @@ from planner.costmodel.evidence import Quantity, Source
 
 DTYPES = ("bfloat16", "float16", "float32", "float8")
 BACKENDS = ("nccl", "rccl", "gloo")
+FUSED_ATTENTION = ("flash", "cudnn", "flash3")  # kernels that keep the scores on chip; "flash" is FlashAttention-2
+TOPOLOGIES = ("switch", "mesh", "bus")  # all of it; a wire per pair: (c-1)/(d-1); one wire for all: 1/(c-1)
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send_recv")
 
 
@@ -54,8 +56,13 @@ class GemmFit:
     note: str
 
     def __post_init__(self) -> None:
-        _require_fraction("gemm fit", peak_frac=self.peak_frac, sustained_frac=self.sustained_frac,
-                          tile_frac=self.tile_frac, hbm_frac=self.hbm_frac)
+        _require_fraction(
+            "gemm fit",
+            peak_frac=self.peak_frac,
+            sustained_frac=self.sustained_frac,
+            tile_frac=self.tile_frac,
+            hbm_frac=self.hbm_frac,
+        )
         _require(self.sustained_frac <= self.peak_frac, "gemm fit: sustained_frac must be <= peak_frac")
         _require(0 <= self.wave_quantum <= 1, "gemm fit: wave_quantum must be in [0, 1]")
         _require(self.throttle_flops > 0, "gemm fit: throttle_flops must be > 0")
@@ -64,7 +71,7 @@ class GemmFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionFit:
-    """Constants of the flash kernel in `compute.attention_s`: fractions of the bf16 peak at head_dim 128."""
+    """Constants of one fused kernel in `compute.attention_s`: fractions of the 16-bit peak at head_dim 128."""
 
     forward_frac: float
     backward_frac: float
@@ -77,8 +84,13 @@ class AttentionFit:
 
     def __post_init__(self) -> None:
         _require_fraction("attention fit", forward_frac=self.forward_frac, backward_frac=self.backward_frac)
-        _require_not_negative("attention fit", ramp_len=self.ramp_len, head_dim_half=self.head_dim_half,
-                              causal_len=self.causal_len, overhead_s=self.overhead_s)
+        _require_not_negative(
+            "attention fit",
+            ramp_len=self.ramp_len,
+            head_dim_half=self.head_dim_half,
+            causal_len=self.causal_len,
+            overhead_s=self.overhead_s,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +120,7 @@ class DeviceSpec:
     num_sms: int
     kernel_launch_s: float  # host time between two kernels of an eager stream
     gemm: Mapping[str, GemmFit]  # by dtype; a missing dtype borrows bfloat16, float16 or the first
-    attention: AttentionFit
+    attention: Mapping[str, AttentionFit]  # by kernel of FUSED_ATTENTION; "flash" is always there
     memory: MemoryFit
 
     def __post_init__(self) -> None:
@@ -118,9 +130,18 @@ class DeviceSpec:
             _require(len(table) > 0, f"{label}: {what} must name at least one dtype")
             for dtype in table:
                 _require(dtype in DTYPES, f"{label}: unknown dtype {dtype!r} in {what}; known: {', '.join(DTYPES)}")
+        _require("flash" in self.attention, f"{label}: attention must name at least 'flash'")
+        for kernel in self.attention:
+            _require(
+                kernel in FUSED_ATTENTION,
+                f"{label}: unknown attention kernel {kernel!r}; known: {', '.join(FUSED_ATTENTION)}",
+            )
         rates = [*self.peak_flops_per_s.values(), self.memory_bytes, self.hbm_bytes_per_s, self.host_link_bytes_per_s]
         for rate in rates:
-            _require(math.isfinite(rate.value) and rate.value > 0, f"{label}: rates and sizes must be > 0, not {rate.value!r}")
+            _require(
+                math.isfinite(rate.value) and rate.value > 0,
+                f"{label}: rates and sizes must be > 0, not {rate.value!r}",
+            )
         _require(self.num_sms > 0, f"{label}: num_sms must be > 0")
         _require_not_negative(label, kernel_launch_s=self.kernel_launch_s)
 
@@ -140,8 +161,13 @@ class CollectiveFit:
 
     def __post_init__(self) -> None:
         _require_fraction("collective fit", efficiency=self.efficiency)
-        _require_not_negative("collective fit", base_s=self.base_s, step_s=self.step_s, fill_steps=self.fill_steps,
-                              ramp_step_s=self.ramp_step_s)
+        _require_not_negative(
+            "collective fit",
+            base_s=self.base_s,
+            step_s=self.step_s,
+            fill_steps=self.fill_steps,
+            ramp_step_s=self.ramp_step_s,
+        )
         _require(self.ramp_bytes > 0, "collective fit: ramp_bytes must be > 0")
 
 
@@ -152,7 +178,8 @@ class LinkTier:
     name: str
     domain_size: int
     bandwidth_bytes_per_s: Quantity  # datasheet, per GPU (a NIC shared by two GPUs counts half)
-    nvls_efficiency: float  # in-switch all-reduce: bytes/(bandwidth * this); 0 = the tier has none
+    nvls_efficiency: float  # in-switch all-reduce: fraction of the bandwidth it reaches; 0 = the tier has none
+    topology: str  # one of TOPOLOGIES: how much of the bandwidth c members of a domain of d GPUs reach
     collectives: Mapping[str, CollectiveFit]
 
     def __post_init__(self) -> None:
@@ -160,6 +187,10 @@ class LinkTier:
         _require(self.domain_size >= 0, f"{label}: domain_size must be >= 0 (0 = unbounded)")
         _require(self.bandwidth_bytes_per_s.value > 0, f"{label}: bandwidth_bytes_per_s must be > 0")
         _require(0 <= self.nvls_efficiency <= 1, f"{label}: nvls_efficiency must be in [0, 1]")
+        _require(
+            self.topology in TOPOLOGIES, f"{label}: unknown topology {self.topology!r}; known: {', '.join(TOPOLOGIES)}"
+        )
+        _require(self.topology != "mesh" or self.domain_size > 1, f"{label}: a mesh needs a domain_size of at least 2")
         missing = [name for name in COLLECTIVES if name not in self.collectives]
         _require(not missing, f"{label}: no constants for {', '.join(missing)}")
         extra = [name for name in self.collectives if name not in COLLECTIVES]
@@ -191,8 +222,10 @@ class ClusterSpec:
         _require(sizes[-1] == 0, f"{label}: the last tier must have domain_size = 0 (unbounded)")
         bounded = [self.node_size, *sizes[:-1]]
         for inner, outer in zip(bounded, bounded[1:], strict=False):
-            _require(outer > 0 and outer % inner == 0,
-                     f"{label}: domain_size {outer} must be a multiple of the level inside it ({inner})")
+            _require(
+                outer > 0 and outer % inner == 0,
+                f"{label}: domain_size {outer} must be a multiple of the level inside it ({inner})",
+            )
         _require(len({tier.name for tier in self.tiers}) == len(self.tiers), f"{label}: tier names must differ")
 
     def domain_sizes(self, num_gpus: int) -> tuple[int, ...]:
@@ -244,7 +277,9 @@ def from_dict(kind: Any, data: Any, where: str) -> Any:
         _require(isinstance(data, Mapping), f"{where}: expected a table")
         return {key: from_dict(typing.get_args(kind)[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is Source:
-        _require(data in Source.__members__, f"{where}: unknown evidence {data!r}; known: {', '.join(Source.__members__)}")
+        _require(
+            data in Source.__members__, f"{where}: unknown evidence {data!r}; known: {', '.join(Source.__members__)}"
+        )
         return Source[data]
     if is_dataclass(kind):
         return _record_from_dict(kind, data, where)

@@ -48,8 +48,17 @@ DEVICES_DIR = _HERE / "devices"
 CLUSTERS_DIR = _HERE / "clusters"
 LINKS_FILE = DEVICES_DIR / "links.json"
 
-_TOP_KEYS = ("name", "device", "node_size", "host_memory_gib_per_gpu", "backend", "price_per_gpu_hour", "notes",
-             "source", "tier")
+_TOP_KEYS = (
+    "name",
+    "device",
+    "node_size",
+    "host_memory_gib_per_gpu",
+    "backend",
+    "price_per_gpu_hour",
+    "notes",
+    "source",
+    "tier",
+)
 _TIER_KEYS = ("name", "domain_size", "bandwidth_gb_per_s", "link", "latency_us", "efficiency", "source")
 
 
@@ -137,10 +146,15 @@ def cluster_from_table(table: Mapping[str, Any]) -> ClusterSpec:
         node_size=_whole(table["node_size"], "node_size"),
         host_memory_bytes_per_gpu=Quantity(
             value=_number(table["host_memory_gib_per_gpu"], "host_memory_gib_per_gpu") * GIB,
-            source=Source.ASSUMED, note="depends on the server; set host_memory_gib_per_gpu"),
+            source=Source.ASSUMED,
+            note="depends on the server; set host_memory_gib_per_gpu",
+        ),
         backend=_text(table.get("backend", "nccl"), "backend"),
-        price_per_gpu_hour=None if price is None else Quantity(
-            value=_number(price, "price_per_gpu_hour"), source=Source.ASSUMED, note="varies by provider and term"),
+        price_per_gpu_hour=None
+        if price is None
+        else Quantity(
+            value=_number(price, "price_per_gpu_hour"), source=Source.ASSUMED, note="varies by provider and term"
+        ),
         notes=_text(table.get("notes", ""), "notes"),
     )
 
@@ -152,8 +166,9 @@ def _tier(table: Mapping[str, Any], index: int, evidence: Source, note: str) -> 
     if link not in _links():
         raise _unknown("link", link, sorted(_links()))
     fitted = _links()[link]
-    collectives = cast(dict[str, CollectiveFit],
-                       from_dict(Mapping[str, CollectiveFit], fitted["collectives"], f"link {link}"))
+    collectives = cast(
+        dict[str, CollectiveFit], from_dict(Mapping[str, CollectiveFit], fitted["collectives"], f"link {link}")
+    )
     changes: dict[str, Any] = {}
     if "latency_us" in table:
         changes["step_s"] = _number(table["latency_us"], f"{where}: latency_us") * US
@@ -167,8 +182,10 @@ def _tier(table: Mapping[str, Any], index: int, evidence: Source, note: str) -> 
         name=_text(table["name"], f"{where}: name"),
         domain_size=_whole(table["domain_size"], f"{where}: domain_size"),
         bandwidth_bytes_per_s=Quantity(
-            value=bandwidth, source=evidence, note=_text(table.get("source", note), f"{where}: source")),
+            value=bandwidth, source=evidence, note=_text(table.get("source", note), f"{where}: source")
+        ),
         nvls_efficiency=float(fitted["nvls_efficiency"]),
+        topology=str(fitted["topology"]),
         collectives=collectives,
     )
 
@@ -218,16 +235,21 @@ def cluster_table() -> tuple[dict[str, str], ...]:
         cluster = load_cluster(name)
         device = cluster.device
         dtype, rate = _main_rate(device)
-        rows.append({
-            "name": name,
-            "device": device.name,
-            "memory": f"{device.memory_bytes.value / GIB:.1f} GiB",
-            "peak": f"{rate.value / 1e12:,.0f} TFLOP/s {dtype}" if rate.value >= 1e12
-                    else f"{rate.value / 1e9:,.0f} GFLOP/s {dtype}",
-            "tiers": ", ".join(f"{tier.name} {tier.domain_size or 'all'} x {tier.bandwidth_bytes_per_s.value / GB:g} GB/s"
-                               for tier in cluster.tiers),
-            "node": str(cluster.node_size),
-        })
+        rows.append(
+            {
+                "name": name,
+                "device": device.name,
+                "memory": f"{device.memory_bytes.value / GIB:.1f} GiB",
+                "peak": f"{rate.value / 1e12:,.0f} TFLOP/s {dtype}"
+                if rate.value >= 1e12
+                else f"{rate.value / 1e9:,.0f} GFLOP/s {dtype}",
+                "tiers": ", ".join(
+                    f"{tier.name} {tier.domain_size or 'all'} x {tier.bandwidth_bytes_per_s.value / GB:g} GB/s"
+                    for tier in cluster.tiers
+                ),
+                "node": str(cluster.node_size),
+            }
+        )
     return tuple(rows)
 
 
@@ -249,19 +271,46 @@ def cluster_details(cluster: ClusterSpec) -> tuple[Row, ...]:
     if cluster.price_per_gpu_hour is not None:
         rows.append(_row("price", cluster.price_per_gpu_hour, 1.0, "$/GPU/h"))
     for dtype, fit in device.gemm.items():
-        rows.append(Row(label=f"GEMM {dtype}, large", value=f"{100 * fit.sustained_frac:.1f}", unit="% of peak",
-                        evidence=fit.evidence.name, note=fit.note))
-    rows.append(Row(label="attention forward", value=f"{100 * device.attention.forward_frac:.1f}", unit="% of peak",
-                    evidence=device.attention.evidence.name, note=device.attention.note))
+        rows.append(
+            Row(
+                label=f"GEMM {dtype}, large",
+                value=f"{100 * fit.sustained_frac:.1f}",
+                unit="% of peak",
+                evidence=fit.evidence.name,
+                note=fit.note,
+            )
+        )
+    for kernel, curve in device.attention.items():
+        rows.append(
+            Row(
+                label=f"attention forward, {kernel}",
+                value=f"{100 * curve.forward_frac:.1f}",
+                unit="% of peak",
+                evidence=curve.evidence.name,
+                note=curve.note,
+            )
+        )
     for tier in cluster.tiers:
         span = f"{tier.domain_size} GPUs" if tier.domain_size else "all GPUs"
         rows.append(_row(f"{tier.name} ({span})", tier.bandwidth_bytes_per_s, GB, "GB/s"))
         fit_ar = tier.collectives["all_reduce"]
-        rows.append(Row(label=f"{tier.name} all-reduce, large", value=f"{100 * fit_ar.efficiency:.1f}",
-                        unit="% of link", evidence=fit_ar.evidence.name, note=fit_ar.note))
+        rows.append(
+            Row(
+                label=f"{tier.name} all-reduce, large",
+                value=f"{100 * fit_ar.efficiency:.1f}",
+                unit="% of link",
+                evidence=fit_ar.evidence.name,
+                note=fit_ar.note,
+            )
+        )
     return tuple(rows)
 
 
 def _row(label: str, quantity: Quantity, scale: float, unit: str) -> Row:
-    return Row(label=label, value=f"{quantity.value / scale:,.4g}" if quantity.value / scale < 1000
-               else f"{quantity.value / scale:,.0f}", unit=unit, evidence=quantity.source.name, note=quantity.note)
+    return Row(
+        label=label,
+        value=f"{quantity.value / scale:,.4g}" if quantity.value / scale < 1000 else f"{quantity.value / scale:,.0f}",
+        unit=unit,
+        evidence=quantity.source.name,
+        note=quantity.note,
+    )

@@ -27,7 +27,7 @@ def _to_free(parameters: Sequence[Parameter], values: Array) -> Array:
     """Bounded values to the real line: logit of the place between the bounds."""
     free = []
     for item, value in zip(parameters, values, strict=True):
-        low, high, x = (np.log((item.low, item.high, value)) if item.log else (item.low, item.high, value))
+        low, high, x = np.log((item.low, item.high, value)) if item.log else (item.low, item.high, value)
         place = np.clip((x - low) / (high - low), 1e-4, 1 - 1e-4)
         free.append(np.log(place / (1 - place)))
     return np.array(free)
@@ -43,7 +43,9 @@ def _from_free(parameters: Sequence[Parameter], free: Array) -> Array:
     return np.array(values)
 
 
-def fit(parameters: Sequence[Parameter], loss: Callable[[dict[str, float]], float], iterations: int) -> dict[str, float]:
+def fit(
+    parameters: Sequence[Parameter], loss: Callable[[dict[str, float]], float], iterations: int
+) -> dict[str, float]:
     """Minimise `loss` over the bounded parameters by Nelder-Mead (1965), restarted once from its own answer."""
     names = [item.name for item in parameters]
 
@@ -102,8 +104,12 @@ class Errors:
 def errors(predicted: Array, measured: Array) -> Errors:
     """Median and 90th percentile of |p/m - 1| and the median of p/m - 1."""
     relative = predicted / measured - 1
-    return Errors(rows=len(relative), median_abs=float(np.median(np.abs(relative))),
-                  p90_abs=float(np.quantile(np.abs(relative), 0.9)), bias=float(np.median(relative)))
+    return Errors(
+        rows=len(relative),
+        median_abs=float(np.median(np.abs(relative))),
+        p90_abs=float(np.quantile(np.abs(relative), 0.9)),
+        bias=float(np.median(relative)),
+    )
 
 
 def log_loss(predicted: Array, measured: Array) -> float:
