@@ -45,8 +45,10 @@ class EngineSpec:
     selective_recompute: tuple[OpKind, ...] = (OpKind.NORM, OpKind.ELEMENTWISE)
     sp_saves_gathered: bool = False
     overlap_tp: float = 0.0
+    overlap_tp_column: float = 0.0  # backward of column-parallel GEMMs only: beside their weight gradient
     overlap_cp: float = 0.0
     overlap_ep: float = 0.0
+    p2p_scatter: bool = False
     overlap_p2p: float = 0.0
     overlap_p2p_interleaved: float = 0.0
     overlap_grad_reduce: float = 0.0
@@ -74,6 +76,9 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-core",
+        p2p_scatter=True,
+        accumulate_bytes=0.0,
+        overlap_tp=0.7,
         logit_bytes=8.0,
         attention="cudnn",
         fuses_elementwise=True,
@@ -88,8 +93,9 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-2021",
+        p2p_scatter=True,
         logit_bytes=8.0,
-        accumulate_bytes=2.0,
+        accumulate_bytes=6.0,
         attention="unfused",
         dropout=True,
         fuses_elementwise=True,
@@ -100,6 +106,9 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-2022",
+        p2p_scatter=True,
+        accumulate_bytes=0.0,
+        overlap_tp_column=0.8,
         logit_bytes=8.0,
         attention="unfused",
         dropout=True,
@@ -110,17 +119,21 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-2023",
+        p2p_scatter=True,
+        overlap_tp_column=0.8,
         logit_bytes=8.0,
         fuses_elementwise=True,
         selective_recompute=(OpKind.ATTENTION,),
         zero_stages=(0, 1),
         grad_bytes=2.0,
         reduce_bytes=2.0,
-        accumulate_bytes=2.0,
+        accumulate_bytes=0.0,
         note="Megatron-LM with FlashAttention and 16-bit gradients (the forks of the zero-bubble authors)",
     ),
     EngineSpec(
         name="megatron-2023-unfused",
+        p2p_scatter=True,
+        overlap_tp_column=0.8,
         attention="unfused",
         dropout=True,
         logit_bytes=8.0,
@@ -129,11 +142,12 @@ _ENGINES = (
         zero_stages=(0, 1),
         grad_bytes=2.0,
         reduce_bytes=2.0,
-        accumulate_bytes=2.0,
+        accumulate_bytes=0.0,
         note="the same with scores in memory and dropout",
     ),
     EngineSpec(
         name="megatron-deepspeed",
+        accumulate_bytes=6.0,
         host_launch_s=80e-6,
         host_collective_s=20e-6,
         logit_bytes=8.0,
@@ -146,6 +160,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-deepspeed-bf16",
+        accumulate_bytes=0.0,
         logit_bytes=8.0,
         attention="unfused",
         fuses_elementwise=True,
@@ -154,6 +169,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="deepspeed-pipe",
+        accumulate_bytes=6.0,
         host_launch_s=60e-6,
         logit_bytes=8.0,
         attention="unfused",
@@ -186,6 +202,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="xla",
+        accumulate_bytes=0.0,
         attention="cudnn",
         fuses_elementwise=True,
         selective_recompute=(OpKind.ATTENTION, OpKind.NORM, OpKind.ELEMENTWISE),

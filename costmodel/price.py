@@ -22,6 +22,10 @@ Array = NDArray[np.float64]
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
 HOST_NORM = 3.0
+# What a GEMM takes in a training step over the same GEMM alone in a benchmark: clocks under a power limit that other
+# kernels use up too, cold caches, transposed operands in backward (MODELLED; fitted by reports/calibrate_engines.py).
+# 8-bit GEMMs need no more: their benchmark includes a whole quantisation that training shares between GEMMs.
+IN_STEP_GEMM = 1.12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +189,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
         launch_f=launch_f, launch_b=launch_b, tp_f=tp_f, tp_b=tp_b, cp_f=cp_f, cp_b=cp_b, ep_f=ep_f, ep_b=ep_f,
         saved=_saved(facts, keys, machine), redo=(zero, selective, full),
         loss_bytes=facts.loss_bytes * keys.tokens / keys.vocab_tp,
-        boundary_bytes=facts.layer.input_bytes * keys.tokens / keys.outer,
+        boundary_bytes=facts.layer.input_bytes * keys.tokens / (keys.tp if machine.engine.p2p_scatter else keys.outer),
         dense_params=dense, routed_params=routed, frozen_params=frozen,
     )  # fmt: skip
 
@@ -195,12 +199,12 @@ def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Ar
     totals = [np.zeros_like(keys.tp) for _ in range(3)]
     for op in facts.matmuls:
         batch, m, n, k = _sharded_gemm(op, keys)
-        dtype = _gemm_dtype(op, machine)
-        totals[0] = totals[0] + compute.gemm_s(device, dtype, batch, m, n, k)
+        dtype, slower = _gemm_dtype(op, machine)
+        totals[0] = totals[0] + slower * compute.gemm_s(device, dtype, batch, m, n, k)
         if op.backward_flops == 0:
             continue
-        dgrad = compute.gemm_s(device, dtype, batch, m, k, n)
-        wgrad = compute.gemm_s(device, dtype, batch, k, n, m)
+        dgrad = slower * compute.gemm_s(device, dtype, batch, m, k, n)
+        wgrad = slower * compute.gemm_s(device, dtype, batch, k, n, m)
         if op.kind is OpKind.BMM:
             totals[1] = totals[1] + dgrad + wgrad
             continue
@@ -210,10 +214,15 @@ def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Ar
     return totals[0], totals[1], totals[2]
 
 
-def _gemm_dtype(op: Op, machine: Machine) -> str:
-    """8-bit recipes keep the head, the router and products of activations in 16 bits (NVIDIA Transformer Engine)."""
-    narrow = machine.dtype == "float8" and op.kind is OpKind.GEMM and op.cut in (TpCut.COLUMN, TpCut.ROW)
-    return machine.dtype if narrow or machine.dtype != "float8" else "bfloat16"
+def _gemm_dtype(op: Op, machine: Machine) -> tuple[str, float]:
+    """(dtype, slow-down in a step) of a matmul.
+
+    8-bit recipes keep the head, the router and products of activations in 16 bits (NVIDIA Transformer Engine).
+    """
+    if machine.dtype != "float8":
+        return machine.dtype, IN_STEP_GEMM
+    narrow = op.kind is OpKind.GEMM and op.cut in (TpCut.COLUMN, TpCut.ROW)
+    return ("float8", 1.0) if narrow else ("bfloat16", IN_STEP_GEMM)
 
 
 def _sharded_gemm(op: Op, keys: Keys) -> tuple[Array, Array, Array, Array]:
@@ -284,7 +293,8 @@ def _tensor_parallel(
 
     Without SP: all-reduce of row outputs forward, of column inputs' gradients backward. With SP: all-gather
     of column inputs and reduce-scatter of row outputs forward; the mirror image backward, plus the gather of
-    column inputs again unless the engine saved them.
+    column inputs again unless the engine saved them. What a column-parallel GEMM communicates in backward may run
+    beside its own weight gradient (`overlap_tp_column`).
     """
     one = np.ones_like(keys.tp)
     sp = keys.sp > 0
@@ -299,14 +309,14 @@ def _tensor_parallel(
         args = (machine.cluster, machine.domains, num_bytes * keys.tokens, one, keys.tp)
         return np.where(sp, comm.all_gather_s(*args), 0.0)
 
-    fwd, bwd = np.zeros_like(keys.tp), np.zeros_like(keys.tp)
+    fwd, bwd, beside = np.zeros_like(keys.tp), np.zeros_like(keys.tp), np.zeros_like(keys.tp)
     for num_bytes in facts.row_bytes:
         fwd = fwd + reduce_s(num_bytes)
         bwd = bwd + gather_s(num_bytes)
     for num_bytes in facts.gathered_bytes:
         gather = gather_s(num_bytes)
         fwd = fwd + gather
-        bwd = bwd + reduce_s(num_bytes) + redo_gather * gather
+        beside = beside + reduce_s(num_bytes) + redo_gather * gather
     shared = keys.vocab_parallel > 0
     if facts.vocab_row_bytes:
         fwd = fwd + np.where(shared, reduce_s(facts.vocab_row_bytes), 0.0)
@@ -315,8 +325,9 @@ def _tensor_parallel(
         gather = gather_s(facts.vocab_gathered_bytes)
         fwd = fwd + gather
         bwd = bwd + np.where(shared, reduce_s(facts.vocab_gathered_bytes) + redo_gather * gather, gather)
-    overlap = machine.engine.overlap_tp
-    return exposed(fwd, forward_s, overlap), exposed(bwd, backward_s, overlap)
+    engine = machine.engine
+    beside = exposed(beside, backward_s, max(engine.overlap_tp_column, engine.overlap_tp))
+    return exposed(fwd, forward_s, engine.overlap_tp), exposed(bwd, backward_s, engine.overlap_tp) + beside
 
 
 def _context_parallel(

@@ -6,15 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from planner.costmodel.cost import MemoryBreakdown
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.estimate import Estimate, estimate_many, machine_for
 from planner.reports.cases import Case, build_case
 from planner.reports.rows import Row, Skip
 
-COMPONENTS = ("compute", "exposed_comm", "bubble", "optimizer", "activation_offload")
 MEMORY_MARGIN_FRAC = 0.0  # of the device's memory that a plan must leave free to be called fitting
 
 
@@ -26,7 +23,7 @@ class Prediction:
     step_s: float
     memory_bytes: float  # counted as the row counts it
     fits: bool
-    parts_s: dict[str, float]
+    parts_s: dict[str, float]  # leaves of the breakdown and the nodes under its root
     measured_s: float
     measured_bytes: float
 
@@ -92,7 +89,7 @@ def _prediction(case: Case, estimate: Estimate) -> Prediction:
         step_s=estimate.step_s,
         memory_bytes=counted,
         fits=estimate.peak_memory_bytes <= capacity,
-        parts_s={child.name: child.time_s for child in estimate.breakdown.children},
+        parts_s={part.name: part.time_s for part in (*estimate.breakdown.children, *estimate.breakdown.leaves())},
         measured_s=0.0 if row.failed else row.step_s,
         measured_bytes=row.number("peak_memory_gb", 0.0) * software.memory_unit_bytes,
     )
@@ -107,15 +104,3 @@ def _counted_bytes(memory: MemoryBreakdown, engine: EngineSpec, kind: str) -> fl
         return reserved
     loose = memory.activations_bytes + memory.work_bytes
     return reserved - loose * engine.fragmentation_frac / (1 + engine.fragmentation_frac)
-
-
-def errors(values: Iterable[float]) -> dict[str, float]:
-    """rows, mape, median, p90 (of absolute errors) and bias (mean of signed ones); zeros without rows."""
-    signed = np.array(list(values))
-    if not signed.size:
-        return {"rows": 0, "mape": 0.0, "median": 0.0, "p90": 0.0, "bias": 0.0}
-    size = np.abs(signed)
-    return {
-        "rows": int(signed.size), "mape": float(size.mean()), "median": float(np.median(size)),
-        "p90": float(np.quantile(size, 0.9)), "bias": float(signed.mean()),
-    }  # fmt: skip
