@@ -27,7 +27,8 @@ class EngineSpec:
     `attention_flops_per_s`: what the attention kernel reaches at best on any device, for kernels older than the
     device. `accumulate_bytes`: HBM traffic per parameter and micro-batch of adding a gradient to its buffer, beyond the
     16-bit write of the GEMM itself. `logit_bytes`: memory per logit at the peak of the loss's backward.
-    `context_bytes`: CUDA context, communicator buffers and library workspaces.
+    `bucket_params`: least parameters of a gradient-reduction or weight-gathering call, each of which pays the
+    latency of a collective. `context_bytes`: CUDA context, communicator buffers and library workspaces.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EngineSpec:
     grad_bytes: float = 4.0
     reduce_bytes: float = 4.0
     accumulate_bytes: float = 6.0
+    bucket_params: float = 40e6
     logit_bytes: float = 12.0
     optimizer_bytes: float = 12.0
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -181,6 +183,7 @@ _ENGINES = (
     ),
     EngineSpec(
         name="nanotron",
+        bucket_params=60e6,
         host_launch_s=20e-6,
         host_collective_s=220e-6,
         zero_stages=(0, 1),

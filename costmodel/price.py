@@ -173,8 +173,8 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     accumulated = (dense + routed) * machine.engine.accumulate_bytes
     accumulate_w = compute.memory_bound_s(machine.cluster.device, accumulated, 0)
     collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
-    floor = facts.launches * machine.engine.host_launch_s
-    floor = floor + np.where(keys.tp > 1, collectives * machine.engine.host_collective_s, 0.0)
+    calls_s = np.where(keys.tp > 1, collectives * machine.engine.host_collective_s, 0.0)
+    floor = facts.launches * machine.engine.host_launch_s + calls_s
     launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor)
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
     launch_b = host_bound_s(busy_b, 2 * floor)

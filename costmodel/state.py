@@ -6,12 +6,16 @@ Everything broadcasts over arrays. The ZeRO group of dense parameters is dp_shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.costmodel import comm, compute
 from planner.costmodel.price import Array, Machine, exposed
+
+# Buckets grow with the group so that latency does not rule them (Megatron-Core: max(40e6, 1e6 x dp) parameters).
+BUCKET_PARAMS_PER_RANK = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,33 +78,55 @@ def host_state_bytes(dense: Array, routed: Array, layout: StateLayout, machine: 
     return result
 
 
+def _in_buckets(
+    call: Callable[[Array], Array], params: Array, bytes_per_param: float, ranks: Array, machine: Machine
+) -> Array:
+    """Seconds of `call` (bytes -> seconds) on `params` parameters over `ranks`, one bucket after the other."""
+    bucket = np.maximum(machine.engine.bucket_params, BUCKET_PARAMS_PER_RANK * ranks)
+    buckets = np.maximum(params / bucket, 1.0)
+    seconds: Array = buckets * call(params * bytes_per_param / buckets)
+    return np.where(params > 0, seconds, 0.0)
+
+
 def gather_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
     """All-gather of the weights of `dense` + `routed` parameters over their ZeRO groups."""
-    cluster, domains, weight = machine.cluster, machine.domains, machine.engine.weight_bytes
-    first = comm.all_gather_s(cluster, domains, dense * weight, layout.tp, layout.shard)
+    weight = machine.engine.weight_bytes
     stride = layout.tp * layout.ep
-    return first + comm.all_gather_s(cluster, domains, routed * weight, stride, layout.routed_shard)
+
+    def over(size: Array, step: Array) -> Callable[[Array], Array]:
+        return lambda n: comm.all_gather_s(machine.cluster, machine.domains, n, step, size)
+
+    first = _in_buckets(over(layout.shard, layout.tp), dense, weight, layout.shard, machine)
+    return first + _in_buckets(over(layout.routed_shard, stride), routed, weight, layout.routed_shard, machine)
 
 
 def scatter_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
     """Reduce-scatter of gradients over the ZeRO groups."""
-    cluster, domains, grad = machine.cluster, machine.domains, machine.engine.reduce_bytes
-    first = comm.reduce_scatter_s(cluster, domains, dense * grad, layout.tp, layout.shard)
+    grad = machine.engine.reduce_bytes
     stride = layout.tp * layout.ep
-    return first + comm.reduce_scatter_s(cluster, domains, routed * grad, stride, layout.routed_shard)
+
+    def over(size: Array, step: Array) -> Callable[[Array], Array]:
+        return lambda n: comm.reduce_scatter_s(machine.cluster, machine.domains, n, step, size)
+
+    first = _in_buckets(over(layout.shard, layout.tp), dense, grad, layout.shard, machine)
+    return first + _in_buckets(over(layout.routed_shard, stride), routed, grad, layout.routed_shard, machine)
 
 
 def replicate_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
     """All-reduce of gradients: over all data ranks without ZeRO, of each shard over the replicas with it."""
-    cluster, domains, grad = machine.cluster, machine.domains, machine.engine.reduce_bytes
+    grad = machine.engine.reduce_bytes
     sharded = layout.zero >= 1
+
+    def over(size: Array, step: Array) -> Callable[[Array], Array]:
+        return lambda n: comm.all_reduce_s(machine.cluster, machine.domains, n, step, size)
+
     shard = np.where(sharded, layout.shard, 1.0)
     size = layout.data_ranks / shard
-    total = comm.all_reduce_s(cluster, domains, dense * grad / shard, layout.tp * shard, size)
+    total = _in_buckets(over(size, layout.tp * shard), dense / shard, grad, size, machine)
     routed_shard = np.where(sharded, layout.routed_shard, 1.0)
-    routed_size = np.where(sharded, layout.routed_replicate, layout.data_ranks / layout.ep)
+    size = np.where(sharded, layout.routed_replicate, layout.data_ranks / layout.ep)
     stride = layout.tp * layout.ep * routed_shard
-    return total + comm.all_reduce_s(cluster, domains, routed * grad / routed_shard, stride, routed_size)
+    return total + _in_buckets(over(size, stride), routed / routed_shard, grad, size, machine)
 
 
 def layer_sync_s(

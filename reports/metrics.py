@@ -48,8 +48,11 @@ def plan_groups(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]
 
 
 def regret_of(members: Sequence[Prediction]) -> float:
-    """Measured time of the plan that is predicted fastest over that of the plan that was."""
-    chosen = min(members, key=lambda p: p.step_s)
+    """Measured time of the plan we would choose over that of the fastest.
+
+    We choose the fastest in prediction among those that we call fitting, or among all if none is.
+    """
+    chosen = min(members, key=lambda p: (not p.fits, p.step_s))
     return chosen.measured_s / min(p.measured_s for p in members)
 
 
