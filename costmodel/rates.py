@@ -68,6 +68,10 @@ class Rates:
     step_s_K: Array
     layout: StateLayout
 
+    def take(self, index: NDArray[np.int64]) -> Rates:
+        """The rates of the layouts at `index`."""
+        return _take(self, index)
+
     def column(self, k: int) -> Rates:
         """The rates of layout k alone, K = 1."""
         return _take(self, np.array([k]))

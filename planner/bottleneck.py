@@ -38,6 +38,7 @@ class Tables:
 
     num_layers: int
     lengths_N: IntArray
+    base_PIN: Array
     time_PIN: Array
     extra_PIN: Array
     extra_lower_PIN: Array
@@ -132,7 +133,7 @@ def _search_theta(
 
 def _relaxed_bound(goal: Objective, tables: Tables, floor: float) -> float:
     """Bound with the LP extra seconds instead of the rounded ones."""
-    slow = tables.time_PIN - tables.extra_PIN + tables.extra_lower_PIN
+    slow = tables.base_PIN + tables.extra_lower_PIN
     allowed = np.isfinite(slow)
     values = np.unique(slow[allowed])
     relaxed = replace(tables, time_PIN=slow, extra_PIN=tables.extra_lower_PIN)

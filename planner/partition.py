@@ -116,6 +116,7 @@ def _tables(inner: Inner, theta_cap: float) -> Tables | None:
     return Tables(
         num_layers=layers,
         lengths_N=lengths,
+        base_PIN=time[:, inverse].reshape(full),
         time_PIN=(time + extra)[:, inverse].reshape(full),
         extra_PIN=extra[:, inverse].reshape(full),
         extra_lower_PIN=lower[:, inverse].reshape(full),
@@ -184,7 +185,7 @@ def options(rates: Rates) -> knapsack.Options:
     )
 
 
-def budgets(inner: Inner, held: IntArray, flight: Array) -> tuple[Array, Array]:
+def budgets(inner: Inner, held: IntArray | Array, flight: Array) -> tuple[Array, Array]:
     """Bytes left on GPU and host for the activations of `held` (C,) layers, on every rank (P,)."""
     r = inner.rates
     gpu = np.full(inner.pp, inner.usable_bytes - float(r.fixed_bytes_K[0]) - float(held @ r.state_bytes_CK[:, 0]))
@@ -202,6 +203,20 @@ def _choose(inner: Inner, held: IntArray) -> knapsack.Choice:
     flight = in_flight(inner.schedule, inner.num_microbatches, inner.pp, inner.vpp)
     gpu, host = budgets(inner, held, flight)
     return knapsack.solve(held, options(inner.rates), flight, gpu, host)
+
+
+def least_overflow_bytes(inner: Inner) -> float:
+    """By how many bytes the fullest rank misses its memory when layers are spread evenly and all are recomputed."""
+    flight = in_flight(inner.schedule, inner.num_microbatches, inner.pp, inner.vpp)
+    even = next(even_counts(len(inner.layer_classes), inner.pp, 1), (len(inner.layer_classes),) * inner.pp)
+    least = inner.rates.activation_bytes_CSK[:, :, 0].min(axis=1)
+    share = np.bincount(inner.layer_classes, minlength=inner.num_classes) / len(inner.layer_classes)
+    missing = -np.inf
+    for rank, layers in enumerate(even):
+        held = share * layers
+        gpu, _ = budgets(inner, held, flight)
+        missing = max(missing, float(flight[rank] * (held @ least) - gpu[rank]))
+    return missing
 
 
 # ---- chunked schedules of models with several layer classes
