@@ -15,6 +15,7 @@ from planner.costmodel.hardware import FUSED_ATTENTION, AttentionFit, DeviceSpec
 Array = NDArray[np.float64]
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
+TENSOR_OVER_CUDA_CORES = 16.0  # 16-bit matrix rates: A100 312 over 19.5 TFLOP/s (NVIDIA A100 datasheet)
 _QUANTISE_BYTES = 5  # per element of A: read for its scale (2), read and written (2 + 1)
 _BORROW = ("bfloat16", "float16", "float32", "float8")  # whose fit a dtype without one of its own uses
 # (tile_m, tile_n, halvings below 128x256, split of k with a partial output in fp32): libraries pick the best, and so
@@ -138,16 +139,19 @@ def _unfused_s(device: DeviceSpec, dtype: str, arrays: tuple[Array, ...], backwa
     bh = batch * heads
     width = DTYPE_BYTES[dtype]
     scores = bh * q_len * kv_len
+    # Rows of q, k, v that are no multiple of 16 bytes keep the batched GEMMs off the tensor cores.
+    aligned = (d_qk * width % 16 == 0) & (d_v * width % 16 == 0)
+    slower = np.where(aligned, 1.0, TENSOR_OVER_CUDA_CORES)
     if not backward:
         gemms = gemm_s(device, dtype, bh, q_len, kv_len, d_qk) + gemm_s(device, dtype, bh, q_len, d_v, kv_len)
-        return gemms + memory_bound_s(device, scores * (4 * width + 1), 2)
+        return np.asarray(slower * gemms + memory_bound_s(device, scores * (4 * width + 1), 2), np.float64)
     gemms = (
         gemm_s(device, dtype, bh, q_len, kv_len, d_v)
         + gemm_s(device, dtype, bh, kv_len, d_v, q_len)
         + gemm_s(device, dtype, bh, q_len, d_qk, kv_len)
         + gemm_s(device, dtype, bh, kv_len, d_qk, q_len)
     )
-    return gemms + memory_bound_s(device, scores * (5 * width + 1), 2)
+    return np.asarray(slower * gemms + memory_bound_s(device, scores * (5 * width + 1), 2), np.float64)
 
 
 def memory_bound_s(device: DeviceSpec, num_bytes: ArrayLike, num_kernels: ArrayLike) -> Array:

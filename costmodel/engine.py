@@ -24,16 +24,19 @@ class EngineSpec:
     redoes in backward.
     `sp_saves_gathered`: sequence parallelism keeps the gathered input of a column-parallel linear for
     backward (DTensor) instead of gathering it again (Megatron: Korthikanti et al. 2022, section 4.2.2).
-    `attention_flops_per_s`: what the attention kernel reaches at best on any device, for kernels older than the
-    device. `accumulate_bytes`: HBM traffic per parameter and micro-batch of adding a gradient to its buffer, beyond the
-    16-bit write of the GEMM itself. `logit_bytes`: memory per logit at the peak of the loss's backward.
-    `bucket_params`: least parameters of a gradient-reduction or weight-gathering call, each of which pays the
-    latency of a collective. `context_bytes`: CUDA context, communicator buffers and library workspaces.
+    `attention_flops_per_sm`: FLOP/s that the attention kernel reaches at best on one multiprocessor, for kernels
+    that do not know the device's newer instructions. `p2p_scatter`: tensor-parallel ranks send a boundary tensor in
+    shares and gather it over NVLink behind the cut (Narayanan et al. 2021, section 4.1; the gather is not priced).
+    `accumulate_bytes`: HBM traffic per parameter and micro-batch of adding a gradient to its buffer in a kernel of
+    its own (6 in 16 bits, 10 into float32); 0 where the weight-gradient GEMM accumulates itself. `logit_bytes`:
+    memory per logit at the peak of the loss's backward. `bucket_params`: least parameters of a gradient-reduction or
+    weight-gathering call, each of which pays the latency of a collective. `context_bytes`: CUDA context, communicator
+    buffers and library workspaces.
     """
 
     name: str
     attention: str = "flash"  # "flash" | "cudnn" | "flash3" | "unfused"
-    attention_flops_per_s: float = math.inf
+    attention_flops_per_sm: float = math.inf
     dropout: bool = False
     fuses_elementwise: bool = False
     weight_bytes: float = 2.0
@@ -61,6 +64,7 @@ class EngineSpec:
     fragmentation_frac: float = 0.03  # of activations: what the caching allocator cannot reuse
     host_launch_s: float = 5e-6  # CPU time to issue one op of the traced graph; the device may have to wait for it
     host_collective_s: float = 0.0  # the same for one tensor-parallel collective
+    blocking_launches: bool = False  # the host waits for every kernel (CUDA_LAUNCH_BLOCKING): nothing is hidden
     host_adam_params_per_s: float = 1.0e9  # CPU optimizer rate per GPU's share of the host
     note: str = ""
 
@@ -162,12 +166,15 @@ _ENGINES = (
     ),
     EngineSpec(
         name="megatron-deepspeed-bf16",
+        host_launch_s=80e-6,
+        host_collective_s=20e-6,
+        blocking_launches=True,
         accumulate_bytes=0.0,
         logit_bytes=8.0,
         attention="unfused",
         fuses_elementwise=True,
         zero_stages=(1,),
-        note="Megatron-DeepSpeed of BLOOM: ZeRO-1, bf16 weights, fp32 gradients, no dropout",
+        note="Megatron-DeepSpeed of BLOOM: ZeRO-1, fp32 gradients, no dropout, blocking launches",
     ),
     EngineSpec(
         name="deepspeed-pipe",
@@ -195,13 +202,13 @@ _ENGINES = (
     ),
     EngineSpec(
         name="llm-foundry",
-        attention_flops_per_s=100e12,
+        attention_flops_per_sm=0.93e12,
         zero_stages=(3,),
         reduce_bytes=2.0,
         overlap_grad_reduce=0.8,
         overlap_zero3=0.8,
         note="llm-foundry of 2023: torch FSDP1 with 16-bit reduction, first-generation flash attention, which "
-        "reaches about 100 TFLOP/s forward and backward (Dao 2023, arXiv 2307.08691, figure 4)",
+        "reaches about 100 TFLOP/s on the 108 of an A100 (Dao 2023, arXiv 2307.08691, figure 4)",
     ),
     EngineSpec(
         name="xla",

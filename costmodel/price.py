@@ -25,7 +25,7 @@ HOST_NORM = 3.0
 # What a GEMM takes in a training step over the same GEMM alone in a benchmark: clocks under a power limit that other
 # kernels use up too, cold caches, transposed operands in backward (MODELLED; fitted by reports/calibrate_engines.py).
 # 8-bit GEMMs need no more: their benchmark includes a whole quantisation that training shares between GEMMs.
-IN_STEP_GEMM = 1.12
+IN_STEP_GEMM = 1.16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,12 +150,15 @@ def exposed(comm_s: Array, compute_s: Array, overlap: float) -> Array:
     return hidden
 
 
-def host_bound_s(busy_s: Array, host_s: Array) -> Array:
+def host_bound_s(busy_s: Array, host_s: Array, blocking: bool) -> Array:
     """Seconds that a device waits for a host that needs `host_s` to issue what takes it `busy_s`.
 
     Short and long kernels alternate, so neither hides the other fully: the p-norm of both, less `busy_s`, p = 3
-    (MODELLED; its test is the single-node rows of vTrain, between launch-bound and compute-bound).
+    (MODELLED; its test is the single-node rows of vTrain, between launch-bound and compute-bound). All of `host_s`
+    when launches are `blocking`.
     """
+    if blocking:
+        return host_s
     both: Array = (busy_s**HOST_NORM + host_s**HOST_NORM) ** (1 / HOST_NORM)
     return both - busy_s
 
@@ -175,9 +178,10 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
     calls_s = np.where(keys.tp > 1, collectives * machine.engine.host_collective_s, 0.0)
     floor = facts.launches * machine.engine.host_launch_s + calls_s
-    launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor)
+    blocking = machine.engine.blocking_launches
+    launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor, blocking)
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
-    launch_b = host_bound_s(busy_b, 2 * floor)
+    launch_b = host_bound_s(busy_b, 2 * floor, blocking)
     zero = np.zeros_like(keys.tp)
     selective = _traffic(facts.selective_traffic, keys, machine)
     if facts.selective_attention:
@@ -251,6 +255,7 @@ def _attention(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, 
         assert a is not None
         cut = keys.cut(op.cut) * keys.ulysses
         share = keys.micro_batch_size / (cut * keys.ring)
+        at_best = machine.engine.attention_flops_per_sm * machine.cluster.device.num_sms
         for i, backward in enumerate((False, True)):
             seconds = compute.attention_s(
                 machine.cluster.device,
@@ -267,7 +272,7 @@ def _attention(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, 
                 backward=backward,
             )
             flops = (op.backward_flops if backward else op.flops) * share
-            totals[i] = totals[i] + np.maximum(seconds, flops / machine.engine.attention_flops_per_s)
+            totals[i] = totals[i] + np.maximum(seconds, flops / at_best)
     return totals[0], totals[1]
 
 
