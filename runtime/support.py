@@ -1,0 +1,88 @@
+"""What the runtime executes today, as one table. Imports no torch, so that the planner can ask it.
+
+`OPTIONS` says option by option why a plan that uses it cannot run ('' = it runs); `COMBINATIONS` what does not
+run together although each part does. `tests/cpu/runtime` holds a parity case for every option that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from planner.costmodel.pipeline import ScheduleKind
+from planner.costmodel.strategy import PlanSpec
+
+_NOT_YET = "planner.runtime does not execute it yet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option of a plan: whether a spec uses it, and why it cannot run ('' = it runs)."""
+
+    name: str
+    used: Callable[[PlanSpec], bool]
+    reason: str = _NOT_YET
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """Options that do not run together, and why."""
+
+    names: tuple[str, ...]
+    used: Callable[[PlanSpec], bool]
+    reason: str
+
+
+_ZERO_BUBBLE = (ScheduleKind.ZB_H1, ScheduleKind.ZB_V)
+
+OPTIONS: tuple[Option, ...] = (
+    Option(name="dp", used=lambda s: s.dp > 1),
+    Option(name="dp_replicate", used=lambda s: s.dp_replicate > 1 and s.zero_stage > 0),
+    Option(name="zero1", used=lambda s: s.zero_stage == 1),
+    Option(name="zero2", used=lambda s: s.zero_stage == 2),
+    Option(name="zero3", used=lambda s: s.zero_stage == 3),
+    Option(name="tp", used=lambda s: s.tp > 1),
+    Option(name="sp", used=lambda s: s.sequence_parallel),
+    Option(name="vocab_parallel", used=lambda s: s.vocab_parallel),
+    Option(name="pp", used=lambda s: s.pp > 1),
+    Option(name="interleaved", used=lambda s: s.schedule is ScheduleKind.INTERLEAVED),
+    Option(name="zb_h1", used=lambda s: s.schedule is ScheduleKind.ZB_H1),
+    Option(name="zb_v", used=lambda s: s.schedule is ScheduleKind.ZB_V),
+    Option(name="ulysses", used=lambda s: s.ulysses > 1),
+    Option(name="ring", used=lambda s: s.ring > 1),
+    Option(name="ep", used=lambda s: s.ep > 1),
+    Option(name="selective", used=lambda s: any(x.recompute == "selective" for x in s.layers)),
+    Option(name="full", used=lambda s: any(x.recompute == "full" for x in s.layers)),
+    Option(name="offload_optimizer", used=lambda s: s.offload_optimizer),
+    Option(name="offload_activations", used=lambda s: any(x.offload_activations for x in s.layers)),
+)
+
+COMBINATIONS: tuple[Combination, ...] = (
+    Combination(
+        names=("selective", "zero-bubble"),
+        used=lambda s: s.schedule in _ZERO_BUBBLE and any(x.recompute == "selective" for x in s.layers),
+        reason="torch's selective checkpoint allows one backward pass, zero-bubble schedules make two",
+    ),
+    Combination(
+        names=("zero2 or zero3", "zero-bubble"),
+        used=lambda s: s.schedule in _ZERO_BUBBLE and s.zero_stage >= 2,
+        reason="FSDP2 reduces and frees at the end of the input-gradient pass, before the weight gradients exist",
+    ),
+    Combination(
+        names=("selective", "offload_activations"),
+        used=lambda s: any(x.recompute == "selective" and x.offload_activations for x in s.layers),
+        reason="torch's selective checkpoint keeps its tensors where no hook can move them",
+    ),
+)
+
+
+def reasons(spec: PlanSpec) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec`, one line each; empty if it can."""
+    found = [f"{o.name}: {o.reason}" for o in OPTIONS if o.reason and o.used(spec)]
+    found += [f"{' with '.join(c.names)}: {c.reason}" for c in COMBINATIONS if c.used(spec)]
+    return tuple(found)
+
+
+def unsupported(spec: PlanSpec) -> str | None:
+    """The first reason why the runtime cannot execute `spec`, or None."""
+    return next(iter(reasons(spec)), None)
