@@ -67,37 +67,33 @@ def search_caps(goal: Objective, tables: Tables, upper_s: float, slack_frac: flo
     `slack_frac`: leave trades between theta and delta that can gain no more than this fraction; `lower_s` stays
     valid.
     """
-    exact = bool(np.array_equal(tables.extra_PIN, tables.extra_lower_PIN))
     finite = np.isfinite(tables.time_PIN)
     if not finite.any():
         return None
-    best: tuple[float, list[int], list[int]] | None = None
-    limit, lower = upper_s, np.inf
     caps = np.unique(tables.sync_PIN[finite])
-    floor = float(caps[0])
-    cap = float(caps[-1])
+    best: _Found | None = None
+    limit, lower, cap = upper_s, np.inf, float(caps[-1])
     while True:
-        found, bound = _search_theta(goal, tables, cap, floor, limit)
-        lower = min(lower, bound)
-        if found is not None and found[0] < limit:
-            best, limit = found, found[0]
-        # Plans whose delta is below what was just reached may still win by trading theta for delta.
-        reached = cap if found is None else _reached(tables, found[1], found[2])
-        below = caps[caps < reached / TIE]
-        if not len(below) or bound == np.inf or bound >= limit * (1 - slack_frac):
+        sweep = _sweep_theta(goal, tables, cap, float(caps[0]), limit)
+        if sweep.best is not None:
+            best, limit = sweep.best, sweep.best.value_s
+        # A tighter cap on delta changes nothing until it forbids something that was used.
+        below = caps[caps < sweep.used_s / TIE]
+        if not len(below) or sweep.bound_s >= limit:
+            break
+        if sweep.bound_s >= limit * (1 - slack_frac):
+            lower = sweep.bound_s
             break
         cap = float(below[-1])
     if best is None:
         return None
-    if not exact:
-        relaxed = _relaxed_bound(goal, tables, floor)
-        lower = min(lower, relaxed)
-    _, starts, picks = best
-    choices = [tables.choices[tables.choice_IN[i, n]] for i, n in zip(starts, picks, strict=True)]
+    if not np.array_equal(tables.extra_PIN, tables.extra_lower_PIN):
+        lower = min(lower, _relaxed_bound(goal, tables, float(caps[0])))
+    choices = [tables.choices[tables.choice_IN[i, n]] for i, n in zip(best.starts, best.picks, strict=True)]
     return Partition(
-        step_s=best[0],
-        lower_s=min(lower, best[0]) if (slack_frac or not exact) else best[0],
-        num_layers=tuple(int(tables.lengths_N[n]) for n in picks),
+        step_s=best.value_s,
+        lower_s=min(lower, best.value_s),
+        num_layers=tuple(int(tables.lengths_N[n]) for n in best.picks),
         counts_PCS=np.stack([choice.counts[k] for k, choice in enumerate(choices)]),
     )
 
@@ -106,29 +102,46 @@ def _reached(tables: Tables, starts: list[int], picks: list[int]) -> float:
     return max(float(tables.sync_PIN[k, i, n]) for k, (i, n) in enumerate(zip(starts, picks, strict=True)))
 
 
-def _search_theta(
-    goal: Objective, tables: Tables, cap: float, floor: float, limit: float
-) -> tuple[tuple[float, list[int], list[int]] | None, float]:
-    """(best plan with delta <= cap, bound on every such plan that assumes delta = floor)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """A partition: start and length index of every rank."""
+
+    value_s: float
+    starts: list[int]
+    picks: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sweep:
+    """All caps on theta under one cap on delta: the best partition below the limit, a bound on all of them that takes
+    delta at its floor, and the largest delta that any of them used.
+    """
+
+    best: _Found | None
+    bound_s: float
+    used_s: float
+
+
+def _sweep_theta(goal: Objective, tables: Tables, cap: float, floor: float, limit: float) -> _Sweep:
     allowed = (tables.sync_PIN <= cap * TIE) & np.isfinite(tables.time_PIN)
     values = np.unique(tables.time_PIN[allowed])
-    start = _first_feasible(tables, allowed, values)
-    if start == len(values):
-        return None, np.inf
-    best: tuple[float, list[int], list[int]] | None = None
-    bound = np.inf
-    for theta in values[start:]:
+    best: _Found | None = None
+    bound, used = np.inf, 0.0
+    for theta in values[_first_feasible(tables, allowed, values) :]:
         if goal.value(float(theta), 0.0, floor) >= limit:
+            bound = min(bound, limit)
             break
         extra, starts, picks = _least_extra(tables, allowed & (tables.time_PIN <= theta * TIE))
         bound = min(bound, goal.value(float(theta), extra, floor))
         reached = max(float(tables.time_PIN[k, i, n]) for k, (i, n) in enumerate(zip(starts, picks, strict=True)))
-        value = goal.value(reached, extra, _reached(tables, starts, picks))
+        sync = _reached(tables, starts, picks)
+        used = max(used, sync)
+        value = goal.value(reached, extra, sync)
         if value < limit:
-            best, limit = (value, starts, picks), value
+            best, limit = _Found(value_s=value, starts=starts, picks=picks), value
         if extra <= 0:
             break
-    return best, bound
+    return _Sweep(best=best, bound_s=bound, used_s=used)
 
 
 def _relaxed_bound(goal: Objective, tables: Tables, floor: float) -> float:

@@ -1,14 +1,15 @@
 """Valid lower bounds on the step time, for all cells or candidates at once.
 
 `cell_bounds` knows no state layout and no memory limit: balanced ranks, with whole layers where the model has one
-class (SYSTEMS.md 4.5, bound 0). `candidate_bounds` adds both: with theta the bottleneck, rank k can hold work worth
+class (SYSTEMS.md 4.5, bound 0). `candidate_bounds` adds both, for a cell's own schedule or for the IDEAL one that
+bounds all cells of equal key and pp at once: with theta the bottleneck, rank k can hold work worth
 at most cap_k(theta) seconds, by weak LP duality over its time and memory rows (bound 1); theta is too small while
 the caps sum to less than the model. Shapes: N cells, K candidates, C classes, S strategies, G groups of ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,13 +17,14 @@ from planner.costmodel import pipeline
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.pipeline import ScheduleKind
 from planner.costmodel.price import Array, LayerPrice, Machine
-from planner.costmodel.rates import Prices, Rates, boundary_bytes, build_rates, p2p_s
-from planner.costmodel.state import StateLayout, step_sync
+from planner.costmodel.rates import Prices, Rates, boundary_bytes, p2p_s
+from planner.costmodel.state import step_sync
 from planner.space import SCHEDULES, Cells, IntArray
 
 _MIDDLE_GROUPS = 6  # ranks between the ends share a bound in so many groups
 _HALVINGS = 6  # of the interval of theta; ordering only, any number is valid
 _SAFE = 1 - 1e-9  # bounds give up this much to rounding
+IDEAL = -1  # a schedule better than all: no bubble, the memory of 1F1B, the ends anywhere
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,15 +109,24 @@ def shape_of(cells: Cells, at: IntArray, transfer_s: Array) -> Shape:
     )  # fmt: skip
 
 
+def ideal_shape(cells: Cells, at: IntArray) -> Shape:
+    """Shape of the cells `at` under the IDEAL schedule, whatever theirs is."""
+    one = np.ones(len(at))
+    return Shape(
+        schedule=np.full(len(at), IDEAL), pp=cells.pp[at].astype(float), vpp=one,
+        m=cells.num_microbatches[at].astype(float), p2p_s=0 * one,
+    )  # fmt: skip
+
+
 def step_s(shape: Shape, work: Work, theta_s: Array) -> Array:
     """The pipeline's closed form with bottleneck `theta_s`, without once-per-step work.
 
     Recomputation counts in theta only, except that a single rank computes nothing but what is in theta.
     """
-    total = np.zeros_like(theta_s)
     moved = shape.pp * shape.p2p_s / 2
     alone = np.where(shape.pp == 1, np.maximum(theta_s - work.total_s, 0.0), 0.0)
     fwd, bwd = work.forward_s + moved, work.backward_s + moved
+    total = np.where(shape.schedule == IDEAL, shape.m * theta_s, 0.0)
     for index, kind in enumerate(SCHEDULES):
         here = shape.schedule == index
         if not here.any():
@@ -152,8 +163,9 @@ def _whole_layers(shape: Shape, work: Work, num_layers: int) -> Array:
     """Smallest theta at which whole layers fit: sum_k floor((theta - ends_k) / t) >= L, for one layer class."""
     t = np.maximum(work.layer_s_CN[0], 1e-12)
     both = (shape.schedule == SCHEDULES.index(ScheduleKind.ZB_V)) | (shape.pp == 1)
-    first = work.first_s + np.where(both, work.last_s, 0.0)
-    last = np.where(both, 0.0, work.last_s)
+    placed = shape.schedule != IDEAL
+    first = placed * (work.first_s + np.where(both, work.last_s, 0.0))
+    last = np.where(both, 0.0, work.last_s) * placed
     middle = np.where(both, shape.pp - 1, shape.pp - 2)
     best = np.full_like(t, np.inf)
     base = np.ceil(num_layers / shape.pp)
@@ -184,33 +196,6 @@ def cell_bounds(graph: ModelGraph, prices: Prices, key: IntArray, cells: Cells, 
     return bound
 
 
-def favourable_bounds(
-    graph: ModelGraph, prices: Prices, key: IntArray, cells: Cells, at: IntArray, usable_bytes: float,
-    machine: Machine, target_s: float,
-) -> Array:  # fmt: skip
-    """Bound of the cells `at` under every layout at once: the states of the leanest, the communication of none."""
-    here, one = prices.take(key[at]), np.ones(len(at))
-    pp, vpp = cells.pp[at].astype(float), cells.vpp[at].astype(float)
-    cp, ep = (cells.ulysses[at] * cells.ring[at]).astype(float), cells.ep[at].astype(float)
-    tp, dp = cells.tp[at].astype(float), cells.dp[at].astype(float)
-
-    def rates(zero: Array, shard: Array, ranks: Array) -> Rates:
-        layout = StateLayout(
-            tp=tp, cp=ranks, ep=ep, dp_replicate=one, dp_shard=shard, zero=zero, offload_optimizer=one
-        )
-        return build_rates(graph, here, layout, pp, vpp, machine)
-
-    silent, lean = rates(0 * one, one, one), rates(3 * one, dp, cp)
-    best = replace(
-        silent,
-        state_bytes_CK=lean.state_bytes_CK,
-        prologue=replace(silent.prologue, state_bytes=lean.prologue.state_bytes),
-        epilogue=replace(silent.epilogue, state_bytes=lean.epilogue.state_bytes),
-    )
-    shape = shape_of(cells, at, silent.p2p_s_K)
-    return candidate_bounds(graph, best, shape, usable_bytes, machine, target_s, silent=True)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
     """Ranks that share a bound, arrays (K,): how many, micro-batches in flight of the one with most room, and what
@@ -225,17 +210,16 @@ class _Group:
 
 def candidate_bounds(
     graph: ModelGraph, rates: Rates, shape: Shape, usable_bytes: float, machine: Machine, target_s: float,
-    silent: bool = False,
 ) -> Array:  # fmt: skip
     """Lower bound on the step time of every candidate, (K,); +inf where nothing fits the memory.
 
-    Bounds above `target_s` may be understated, never below it. `silent`: leave once-per-step work out.
+    Bounds above `target_s` may be understated, never below it.
     """
     work = work_of_rates(graph, rates)
     low = least_theta(shape, work, graph.num_layers)
     target = np.full_like(low, target_s) if np.isfinite(target_s) else 4 * step_s(shape, work, low) + 4 * rates.step_s_K
     high = theta_for(shape, work, target - rates.step_s_K)
-    sync = np.zeros_like(low) if silent else _least_sync(graph, rates, shape, high, machine)
+    sync = _least_sync(graph, rates, shape, high, machine)
     bound = step_s(shape, work, low) + rates.step_s_K + sync
     groups = _groups(rates, shape)
     room = [usable_bytes - rates.fixed_bytes_K - g.end_bytes for g in groups]
@@ -336,14 +320,16 @@ def _groups(rates: Rates, shape: Shape) -> list[_Group]:
     both = (shape.schedule == SCHEDULES.index(ScheduleKind.ZB_V)) | (shape.pp == 1)
     at_first = _flight(shape, np.zeros_like(shape.pp))
     at_last = _flight(shape, shape.pp - 1)
+    placed = shape.schedule != IDEAL
+    first_bytes = first.state_bytes + at_first * first.activation_bytes + np.where(both, last_bytes, 0.0)
     groups = [
         _Group(
-            count=np.ones_like(shape.pp), flight=at_first, end_s=first_s + np.where(both, last_s, 0.0),
-            end_bytes=first.state_bytes + at_first * first.activation_bytes + np.where(both, last_bytes, 0.0),
+            count=np.ones_like(shape.pp), flight=at_first, end_s=placed * (first_s + np.where(both, last_s, 0.0)),
+            end_bytes=placed * first_bytes,
         ),
         _Group(
-            count=np.where(shape.pp > 1, 1.0, 0.0), flight=at_last, end_s=np.where(both, 0.0, last_s),
-            end_bytes=np.where(both, 0.0, last_bytes),
+            count=np.where(shape.pp > 1, 1.0, 0.0), flight=at_last, end_s=placed * np.where(both, 0.0, last_s),
+            end_bytes=placed * np.where(both, 0.0, last_bytes),
         ),
     ]  # fmt: skip
     middle = np.maximum(shape.pp - 2, 0.0)
@@ -356,7 +342,7 @@ def _groups(rates: Rates, shape: Shape) -> list[_Group]:
 
 def _flight(shape: Shape, rank: Array) -> Array:
     """Micro-batches in flight on `rank` (K,)."""
-    flight = np.zeros_like(shape.pp)
+    flight = np.minimum(shape.m, shape.pp - np.clip(rank, 0, shape.pp - 1))
     for index, kind in enumerate(SCHEDULES):
         here = shape.schedule == index
         if here.any():
@@ -369,7 +355,7 @@ def _flight(shape: Shape, rank: Array) -> Array:
 def _least_sync(graph: ModelGraph, rates: Rates, shape: Shape, theta_s: Array, machine: Machine) -> Array:
     """Once-per-step work of a rank that holds the average parameters, hidden behind windows no rank exceeds.
 
-    Some rank holds at least the average of dense and some of routed parameters; the work grows with both, so the
+    Some rank holds at least the average of dense and some of routed parameters, and the work grows with both, so the
     larger of the two is a bound.
     """
     counts = class_counts(graph)
@@ -377,8 +363,17 @@ def _least_sync(graph: ModelGraph, rates: Rates, shape: Shape, theta_s: Array, m
     zero = np.zeros_like(window)
     dense = (counts @ rates.dense_CK + rates.prologue.dense + rates.epilogue.dense) / shape.pp
     routed = (counts @ rates.routed_CK + rates.prologue.routed + rates.epilogue.routed) / shape.pp
-    of_dense = step_sync(dense, zero, window, window, rates.layout, machine).total_s
+    of_dense = step_sync(dense, zero, window, window * _backward_frac(rates), rates.layout, machine).total_s
     if not routed.any():
         return of_dense
-    of_routed = step_sync(zero, routed, window, window, rates.layout, machine).total_s
+    of_routed = step_sync(zero, routed, window, window * _backward_frac(rates), rates.layout, machine).total_s
     return np.maximum(of_dense, of_routed)
+
+
+def _backward_frac(rates: Rates) -> Array:
+    """Largest share of a rank's time that is backward: that of some layer, or half of a transfer's."""
+    ends = (rates.prologue, rates.epilogue)
+    forward = [*rates.forward_s_CK, *(e.forward_s for e in ends)]
+    backward = [*(rates.backward_s_CK + rates.weight_s_CK), *(e.backward_s + e.weight_s for e in ends)]
+    shares = [b / np.maximum(f + b, 1e-12) for f, b in zip(forward, backward, strict=True)]
+    return np.asarray(np.max(np.stack(shares), axis=0, initial=0.5))

@@ -8,6 +8,7 @@ import numpy as np
 
 from planner.bottleneck import Partition
 from planner.costmodel.graph import ModelGraph
+from planner.costmodel.price import Machine
 from planner.costmodel.rates import Prices, Rates, build_rates
 from planner.costmodel.state import StateLayout
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
@@ -42,13 +43,14 @@ def state_layout(cells: Cells, candidates: Candidates) -> StateLayout:
 
 
 def candidate_rates(
-    graph: ModelGraph, prices: Prices, key: IntArray, cells: Cells, candidates: Candidates, machine: object
-) -> Rates:
-    """Rates of all candidates at once; `key[cell]` is the column of `prices`."""
+    graph: ModelGraph, prices: Prices, key: IntArray, cells: Cells, candidates: Candidates, machine: Machine,
+    one_chunk: bool = False,
+) -> Rates:  # fmt: skip
+    """Rates of all candidates at once; `key[cell]` is the column of `prices`. `one_chunk`: as if vpp were 1."""
     at = candidates.cell
     layout = state_layout(cells, candidates)
     pp, vpp = cells.pp[at].astype(float), cells.vpp[at].astype(float)
-    return build_rates(graph, prices.take(key[at]), layout, pp, vpp, machine)  # type: ignore[arg-type]
+    return build_rates(graph, prices.take(key[at]), layout, pp, np.ones_like(vpp) if one_chunk else vpp, machine)
 
 
 def plan_spec(inner: Inner, cells: Cells, candidates: Candidates, k: int, partition: Partition) -> PlanSpec:

@@ -88,6 +88,7 @@ class _State:
     cells: list[tuple[float, int]] = field(default_factory=list)  # heap of (bound, cell)
     candidates: list[tuple[float, int, int, int]] = field(default_factory=list)  # heap of (bound, number, block, index)
     blocks: list[tuple[Candidates, Rates]] = field(default_factory=list)
+    groups: dict[int, Array] = field(default_factory=dict)  # group -> bounds of its layouts under an ideal schedule
     position: int = 0  # in the order of cells
     refine: int = _REFINED[0]
     expand: int = _EXPANDED[0]
@@ -110,6 +111,7 @@ class _Context:
     options: SearchOptions
     cells: Cells
     key: IntArray
+    group: IntArray  # cells of one group have equal key and pp
     prices: Prices
     bound_N: Array
     order: IntArray
@@ -145,8 +147,8 @@ def search(
     prices = price_model(model_facts(graph, machine.engine), keys, machine)
     bound = bounds.cell_bounds(graph, prices, key, cells, machine)
     context = _Context(
-        graph=graph, machine=machine, limits=limits, options=options, cells=cells, key=key, prices=prices,
-        bound_N=bound, order=np.argsort(bound, kind="stable"), start_s=start_s, clock=clock, on_progress=on_progress,
+        graph=graph, machine=machine, limits=limits, options=options, cells=cells, key=key,
+        group=key * (int(cells.pp.max()) + 1) + cells.pp, prices=prices, bound_N=bound, order=np.argsort(bound, kind="stable"), start_s=start_s, clock=clock, on_progress=on_progress,
     )  # fmt: skip
     state = _State()
     try:
@@ -203,33 +205,62 @@ def _open_bounds(context: _Context, state: _State) -> tuple[float, float, float]
 
 
 def _refine(context: _Context, state: _State, target: float) -> None:
-    """Bound the next cells with memory, each under the best of all its layouts at once."""
+    """Bound the next cells by their layouts under an ideal schedule, once for all cells of a group."""
     block = context.order[state.position : state.position + state.refine]
     block = block[context.bound_N[block] < target]
     state.position += len(block)
     state.refine = min(2 * state.refine, _REFINED[1])
-    found = bounds.favourable_bounds(
-        context.graph, context.prices, context.key, context.cells, block, context.usable_bytes, context.machine, target
+    group = context.group[block]
+    new, first = np.unique(group, return_index=True)
+    unseen = np.array([int(g) not in state.groups for g in new])
+    candidates = _candidates(context, block[first[unseen]], None)
+    if len(candidates):
+        found = _bounds(context, candidates, bounds.ideal_shape(context.cells, candidates.cell), target, True)
+        for cell in block[first[unseen]]:
+            state.groups[int(context.group[cell])] = found[candidates.cell == cell]
+    for cell, g in zip(block, group, strict=True):
+        least = state.groups[int(g)].min(initial=np.inf)
+        if least < target:
+            heapq.heappush(state.cells, (max(float(least), float(context.bound_N[cell])), int(cell)))
+        elif least == np.inf:
+            state.unfit += len(_layouts(context, cell))
+        else:
+            state.closed = True
+
+
+def _candidates(context: _Context, block: IntArray, keep: list[IntArray] | None) -> Candidates:
+    """Candidates of the cells in `block`; `keep` selects layouts per cell."""
+    rows = [_layouts(context, cell) for cell in block]
+    if keep is not None:
+        rows = [r[k] for r, k in zip(rows, keep, strict=True)]
+    cell = np.repeat(np.asarray(block, np.int64), [len(r) for r in rows])
+    return Candidates(cell=cell, layout=np.concatenate([np.zeros((0, 4), np.int64), *rows]))
+
+
+def _bounds(
+    context: _Context, candidates: Candidates, shape: bounds.Shape, target: float, ideal: bool, rates: Rates | None = None
+) -> Array:
+    rates = rates or candidate_rates(
+        context.graph, context.prices, context.key, context.cells, candidates, context.machine, ideal
     )
-    state.unfit += _num_candidates(context, block[np.isinf(found)])
-    state.closed |= bool((np.isfinite(found) & (found >= target)).any())
-    for bound, cell in zip(found, block, strict=True):
-        if bound < target:
-            heapq.heappush(state.cells, (float(bound), int(cell)))
+    return bounds.candidate_bounds(context.graph, rates, shape, context.usable_bytes, context.machine, target)
 
 
 def _expand(context: _Context, state: _State, target: float) -> None:
-    """Bound every candidate of the next cells."""
+    """Bound the candidates of the next cells that their group's bound left open."""
     block: list[int] = []
     while state.cells and len(block) < state.expand and state.cells[0][0] < target:
         block.append(heapq.heappop(state.cells)[1])
     state.expand = min(2 * state.expand, _EXPANDED[1])
-    rows = [_layouts(context, cell) for cell in block]
-    cell = np.repeat(np.array(block, np.int64), [len(r) for r in rows])
-    candidates = Candidates(cell=cell, layout=np.concatenate(rows))
+    ideal = [state.groups[int(context.group[cell])] for cell in block]
+    state.unfit += sum(int(np.isinf(b).sum()) for b in ideal)
+    state.closed |= any(bool(((b >= target) & np.isfinite(b)).any()) for b in ideal)
+    candidates = _candidates(context, np.array(block), [np.flatnonzero(b < target) for b in ideal])
+    if not len(candidates):
+        return
     rates = candidate_rates(context.graph, context.prices, context.key, context.cells, candidates, context.machine)
-    shape = bounds.shape_of(context.cells, cell, rates.p2p_s_K)
-    found = bounds.candidate_bounds(context.graph, rates, shape, context.usable_bytes, context.machine, target)
+    shape = bounds.shape_of(context.cells, candidates.cell, rates.p2p_s_K)
+    found = _bounds(context, candidates, shape, target, False, rates)
     state.unfit += int(np.isinf(found).sum())
     keep = np.flatnonzero(found < target)
     state.closed |= len(keep) + int(np.isinf(found).sum()) < len(found)
