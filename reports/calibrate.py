@@ -23,10 +23,12 @@ from planner.costmodel.hardware import COLLECTIVES, DTYPES, AttentionFit, Collec
 from planner.costmodel.presets import DEVICES_DIR, LINKS_FILE, list_devices, load_device
 from planner.reports import (
     calibrate_attention,
+    calibrate_cpu,
     calibrate_gemm,
     calibrate_links,
     calibration_text,
     device_recipes,
+    layer_check,
     link_recipes,
     link_rows,
 )
@@ -34,7 +36,14 @@ from planner.reports import (
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
 REPORT = ROOT / "reports" / "calibration.md"
-TABLES = ("gemm.csv", "comm.csv", "attention_microbench.csv", "calibration_points.csv", "devices.csv")
+TABLES = (
+    "gemm.csv",
+    "comm.csv",
+    "attention_microbench.csv",
+    "calibration_points.csv",
+    "layer_times.csv",
+    "devices.csv",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,7 @@ class Calibration:
     attention: tuple[calibrate_attention.AttentionReport, ...]
     link_errors: tuple[calibrate_links.LinkReport, ...]
     judged_only: tuple[calibrate_links.LinkReport, ...]
+    layers: tuple[layer_check.LayerCheck, ...]
 
 
 def _borrowed(constants: Any, borrow: device_recipes.Borrow) -> Any:
@@ -124,7 +134,7 @@ def calibrate_collectives(
     data: Path,
 ) -> tuple[dict[str, calibrate_links.Link], list[calibrate_links.LinkReport], list[calibrate_links.LinkReport]]:
     """Links inside a node, then between nodes, then what is borrowed; rows of borrowed constants only judge."""
-    table = link_rows.read(data)
+    table = pd.concat([link_rows.read(data), calibrate_cpu.link_rows()], ignore_index=True)
     links: dict[str, calibrate_links.Link] = {}
     reports = []
 
@@ -166,7 +176,9 @@ def calibrate(data: Path) -> Calibration:
     gemm = calibrate_gemms(devices, data)
     attention = calibrate_attentions(devices, data)
     calibrate_memory(devices, data)
+    devices["cpu"] = calibrate_cpu.calibrate(devices["cpu"])
     links, link_errors, judged = calibrate_collectives(data)
+    node = calibrate_links.node(devices["a100-80gb"], links["nvlink3"], 300.0)
     return Calibration(
         devices=devices,
         links=links,
@@ -174,6 +186,7 @@ def calibrate(data: Path) -> Calibration:
         attention=attention,
         link_errors=tuple(link_errors),
         judged_only=tuple(judged),
+        layers=tuple(layer_check.check(data / "layer_times.csv", node)),
     )
 
 
@@ -190,9 +203,10 @@ def write(made: Calibration) -> None:
         constants = {key: to_dict(link.collectives[key]) for key in COLLECTIVES}
         links[name] = {"nvls_efficiency": link.nvls_efficiency, "topology": link.topology, "collectives": constants}
     LINKS_FILE.write_text(json.dumps(links, indent=1) + "\n")
-    REPORT.write_text(
-        calibration_text.render(made.gemm, made.attention, made.link_errors, made.judged_only, made.devices, made.links)
+    text = calibration_text.render(
+        made.gemm, made.attention, made.link_errors, made.judged_only, made.layers, made.devices, made.links
     )
+    REPORT.write_text(text)
 
 
 def main(arguments: list[str]) -> int:

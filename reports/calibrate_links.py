@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from planner.costmodel import comm
 from planner.costmodel.evidence import Quantity, Source
-from planner.costmodel.hardware import COLLECTIVES, CollectiveFit, LinkTier
+from planner.costmodel.hardware import COLLECTIVES, ClusterSpec, CollectiveFit, DeviceSpec, LinkTier
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.units import GB
 from planner.reports.fitting import Array, Errors, Parameter, errors, fit, folds, log_loss
@@ -100,6 +100,13 @@ def _tier(name: str, gb_per_s: float, link: Link, domain_size: int) -> LinkTier:
         topology=link.topology,
         collectives=link.collectives,
     )
+
+
+def node(device: DeviceSpec, link: Link, gb_per_s: float) -> ClusterSpec:
+    """A cluster of one kind of node, whose GPUs this link joins."""
+    outer = dataclasses.replace(link, topology="switch")
+    tiers = (_tier("node", gb_per_s, link, NODE_SIZE), _tier("none", gb_per_s, outer, 0))
+    return dataclasses.replace(_BASE, device=device, tiers=tiers)
 
 
 def _predict(sweeps: Sequence[_Sweep], link: Link, links: Mapping[str, Link], backend: str) -> Array:

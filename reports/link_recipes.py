@@ -31,6 +31,12 @@ _NETWORK_FIXED = {"base_s": 0.0, "fill_steps": 0.0}  # base_s is the inner link'
 _FEW = {"step_s": 1e-5, "ramp_step_s": 2e-5, "ramp_bytes": 3e5, **_NETWORK_FIXED}  # near InfiniBand's fit
 _XGMI = {"base_s": 1e-5, "step_s": 2e-6, "ramp_step_s": 5e-6, "ramp_bytes": 2e6, "fill_steps": 0.5}  # near NVLink's
 
+# TCP has one protocol, and a rank that shares a core delays every hop.
+_GLOO = (
+    Parameter(name="step_s", start=2e-4, low=1e-6, high=5e-3, log=True),
+    Parameter(name="efficiency", start=0.2, low=0.01, high=1.0),
+)
+_GLOO_FIXED = {"base_s": 5e-5, "fill_steps": 0.0, "ramp_step_s": 0.0, "ramp_bytes": 1e6}
 _RING_HOP_S = 5e-6
 
 TOPOLOGIES = {"nvlink2": "mesh", "xgmi": "mesh", "pcie": "bus"}
@@ -73,6 +79,10 @@ def recipes() -> tuple[Recipe, ...]:
         _network("infiniband", "all_reduce"),
         _network("efa4", "all_reduce"),
         *(_network("efa", collective) for collective in ("all_reduce", "all_gather", "reduce_scatter")),
+        *(
+            Recipe(link="gloo", collective=collective, parameters=_GLOO, fixed=_GLOO_FIXED, backend="gloo")
+            for collective in (*_ON_NODE, "send_recv")
+        ),
         Recipe(link="roce", collective="all_reduce", parameters=_EFFICIENCY, fixed=_FEW),
         Recipe(link="omnipath", collective="all_reduce", parameters=_EFFICIENCY, fixed=_FEW),
     )
@@ -174,6 +184,18 @@ BORROWED = (
             changes={"efficiency": 0.85},
             evidence=Source.ASSUMED,
             why="no measurement found",
+        )
+        for name in ("all_reduce", *_OTHERS)
+    ),
+    *(
+        Borrow(
+            link="gloo-ethernet",
+            collective=name,
+            from_link="gloo",
+            from_collective=name,
+            changes={"efficiency": 0.8},
+            evidence=Source.ASSUMED,
+            why="the hops of loopback; a share of a slow wire that TCP is known to reach",
         )
         for name in ("all_reduce", *_OTHERS)
     ),
