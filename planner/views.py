@@ -1,0 +1,148 @@
+"""Plans as rows, lines and JSON fields: what several verbs print about one. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from planner.build import options_of
+from planner.costmodel.evidence import Source
+from planner.costmodel.graph import ModelGraph
+from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.price import Machine
+from planner.costmodel.strategy import PlanSpec
+from planner.plan import Part, Plan
+from planner.render import GIB, Grid, count, gib, percent, seconds
+
+# Degrees by the names that scripts may rely on.
+DEGREES = ("tp", "pp", "vpp", "dp_replicate", "dp_shard", "cp", "ep")
+_STRONG = (Source.MEASURED.name.lower(), Source.INTERPOLATED.name.lower())
+COLUMNS = (
+    "#", "pp", "vpp", "<schedule", "dp", "<zero", "<cp", "tp", "ep", "mbs", "<recompute", "step s", "MFU %", "peak GiB",
+    "free %",
+)  # fmt: skip
+
+
+def leaves(part: Part) -> Iterator[Part]:
+    """The leaves below a part, in order."""
+    if not part.children:
+        yield part
+    for child in part.children:
+        yield from leaves(child)
+
+
+def strong_frac(part: Part) -> float:
+    """Share of the step's seconds that rests on measured or interpolated figures."""
+    total = part.time_s
+    return sum(leaf.time_s for leaf in leaves(part) if leaf.evidence in _STRONG) / total if total else 0.0
+
+
+def headline(graph: ModelGraph, global_batch_size: int) -> str:
+    """The model in one line."""
+    length = f"seq {graph.traced_seq_len:,}  " if graph.unit == "tokens" else ""
+    return (
+        f"model    {graph.source} ({graph.name})  {graph.num_layers} layers  {count(graph.num_params)} params  "
+        f"{length}global batch {global_batch_size:,}"
+    )
+
+
+def cluster_line(cluster: ClusterSpec, num_gpus: int, engine: str) -> str:
+    """The machine in one line."""
+    nodes = max(1, num_gpus // cluster.node_size)
+    links = ", ".join(f"{t.name} {t.bandwidth_bytes_per_s.value / 1e9:g} GB/s" for t in cluster.tiers)
+    return (
+        f"cluster  {cluster.name}  {nodes:,} x {min(num_gpus, cluster.node_size)} = {num_gpus:,} GPUs  "
+        f"{cluster.device.memory_bytes.value / GIB:.0f} GiB each  {links}  engine {engine}"
+    )
+
+
+def option_cells(spec: PlanSpec) -> tuple[str, ...]:
+    """The layout columns of COLUMNS, "pp" to "recompute"."""
+    dp = f"{spec.dp_replicate}x{spec.dp_shard}" if spec.dp_replicate > 1 and spec.dp_shard > 1 else str(spec.dp)
+    cp = f"u{spec.ulysses} r{spec.ring}" if spec.cp > 1 else "1"
+    extras = "+sp" * spec.sequence_parallel
+    return (
+        str(spec.pp), str(spec.vpp), spec.schedule.value, dp,
+        str(spec.zero_stage) + "+cpu" * spec.offload_optimizer, cp, f"{spec.tp}{extras}", str(spec.ep),
+        str(spec.micro_batch_size), str(options_of(spec)["recompute"]) + _offloaded(spec),
+    )  # fmt: skip
+
+
+def _offloaded(spec: PlanSpec) -> str:
+    layers = sum(s.offload_activations for s in spec.layers)
+    return f", {layers} offloaded" if layers else ""
+
+
+def plan_row(
+    number: int, spec: PlanSpec, step_s: float, mfu_frac: float, peak_bytes: float, machine: Machine
+) -> tuple[str, ...]:
+    """One row under COLUMNS."""
+    free = 1 - peak_bytes / machine.cluster.device.memory_bytes.value
+    figures = (f"{step_s:.4g}", percent(mfu_frac), gib(peak_bytes), percent(free, 0))
+    return (str(number), *option_cells(spec), *figures)
+
+
+def step_line(part: Part) -> str:
+    """Where the step's seconds go, largest first; what is below half a per cent is summed up."""
+    large, rest = [], 0.0
+    for leaf in sorted(leaves(part), key=lambda leaf: -leaf.time_s):
+        if leaf.time_s >= 0.005 * part.time_s:
+            large.append(f"{leaf.name} {leaf.time_s:.3g}")
+        else:
+            rest += leaf.time_s
+    large += [f"other {rest:.2g}"] if rest > 0 else []
+    return f"step     = {' + '.join(large)} (s); {percent(strong_frac(part), 0)} % on measured figures"
+
+
+def certificate_line(plan: Plan) -> str:
+    """What was proved, in one line."""
+    proof = plan.certificate
+    if proof is None:
+        return "status   given by hand: nothing was proved about it"
+    words = {
+        "gap": "stopped at the asked gap",
+        "exhausted": "the whole space was searched",
+        "time_limit": "stopped at the time limit",
+        "interrupted": "interrupted",
+    }
+    return (
+        f"status   best of {proof.num_candidates:,} candidates; lower bound {seconds(proof.lower_bound_s)}: at most "
+        f"{100 * proof.gap_frac:.2g} % faster exists (proved); {words.get(proof.stop_reason, proof.stop_reason)}"
+    )
+
+
+def memory_grid(plan: Plan) -> Grid:
+    """Memory of the first, fullest and last pipeline ranks."""
+    ranks = plan.predicted.memory
+    fullest = max(range(len(ranks)), key=lambda k: ranks[k].peak_bytes)
+    rows = []
+    for k in sorted({0, fullest, len(ranks) - 1}):
+        m = ranks[k]
+        held = (m.states_bytes, m.activations_bytes, m.work_bytes, m.fixed_bytes)
+        sums = (m.peak_bytes, m.simulated_peak_bytes, m.host_bytes)
+        rows.append((f"rank {k}", *(gib(x) for x in (*held, *sums)), f"{m.in_flight:.1f}"))
+    names = ("states", "activations", "transient", "fixed", "peak", "simulated", "on host", "in flight")
+    return Grid(columns=("<GiB", *names), rows=tuple(rows))
+
+
+def plan_data(plan: Plan) -> dict[str, object]:
+    """The JSON fields of a plan that every verb gives."""
+    spec, predicted, proof = plan.decisions, plan.predicted, plan.certificate
+    return {
+        "step_s": predicted.step_s,
+        "simulated_step_s": predicted.simulated_step_s,
+        "tokens_per_s": predicted.tokens_per_s,
+        "mfu_frac": predicted.mfu_frac,
+        "peak_memory_bytes": predicted.peak_memory_bytes,
+        "memory_limit_bytes": predicted.memory_limit_bytes,
+        "num_gpus": spec.num_gpus,
+        "global_batch_size": spec.global_batch_size,
+        "lower_bound_s": proof.lower_bound_s if proof else None,
+        "gap_frac": proof.gap_frac if proof else None,
+        "num_candidates": proof.num_candidates if proof else None,
+        "stop_reason": proof.stop_reason if proof else None,
+        "ledger": proof.ledger if proof else None,
+        "executable": plan.executable,
+        "executable_reasons": list(plan.executable_reasons),
+        "breakdown_s": {leaf.name: leaf.time_s for leaf in leaves(predicted.breakdown)},
+        **options_of(spec),
+    }
