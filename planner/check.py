@@ -49,7 +49,7 @@ def check_structure(inputs: Inputs, spec: PlanSpec, searched: bool = False) -> t
     sizes = tuple(_sizes(inputs, spec))
     if not all(finding.ok for finding in sizes):
         return sizes
-    return (*sizes, *_model(inputs, spec, searched), *_layers(inputs.graph, spec), _schedule(spec))
+    return (*sizes, *check_model(inputs, spec, searched), *_layers(inputs.graph, spec), _schedule(spec))
 
 
 def problems(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
@@ -85,7 +85,8 @@ def _sizes(inputs: Inputs, spec: PlanSpec) -> Iterator[Finding]:
     )
 
 
-def _model(inputs: Inputs, spec: PlanSpec, searched: bool) -> Iterator[Finding]:
+def check_model(inputs: Inputs, spec: PlanSpec, searched: bool = False) -> Iterator[Finding]:
+    """Whether the degrees divide what they must of the model."""
     graph = inputs.graph
     yield _whole("tp", _tp_problems(graph, spec))
     yield _whole("cp", _cp_problems(graph, spec))

@@ -99,7 +99,7 @@ def certificate_line(plan: Plan) -> str:
     if proof is None:
         return "status   given by hand: nothing was proved about it"
     words = {
-        "gap": "stopped at the asked gap",
+        "gap": "every candidate closed",
         "exhausted": "the whole space was searched",
         "time_limit": "stopped at the time limit",
         "interrupted": "interrupted",
