@@ -30,13 +30,16 @@ def write_plots(predictions: Sequence[Prediction], folder: Path) -> list[str]:
     return ["time.png", "memory.png", "residuals.png"]
 
 
-def _parity(rows: Sequence[Prediction], measured: Sequence[float], predicted: Sequence[float], what: str, path: Path) -> None:
+def _parity(
+    rows: Sequence[Prediction], measured: Sequence[float], predicted: Sequence[float], what: str, path: Path
+) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 6))
     sources = sorted({p.row.source for p in rows})
     for i, source in enumerate(sources):
         at = [k for k, p in enumerate(rows) if p.row.source == source]
         axes.scatter([measured[k] for k in at], [predicted[k] for k in at], s=9, alpha=0.6, linewidths=0,
-                     marker=_MARKS[i % len(_MARKS)], color=plt.get_cmap("tab20")(i % 20), label=source[:34])  # fmt: skip
+                     marker=_MARKS[i % len(_MARKS)], color=plt.get_cmap("tab20")(i % 20),
+                     label=source[:34])  # fmt: skip
     low, high = min(*measured, *predicted) * 0.8, max(*measured, *predicted) * 1.25
     for factor, style in ((1.0, "-"), (1.25, ":"), (0.8, ":")):
         axes.plot([low, high], [low * factor, high * factor], style, color="0.4", linewidth=0.8)

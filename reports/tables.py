@@ -31,16 +31,19 @@ def summary(predictions: Sequence[Prediction], score: Mapping[str, Any], elapsed
     for title, key in (("step time", "time"), ("  without pathological", "time_without_pathological"),
                        ("peak memory", "memory")):  # fmt: skip
         e = score[key]
-        lines.append(f"{title:24s}{e['rows']:>6,} rows  MAPE {percent(e['mape']):>8s}  median {percent(e['median']):>8s}"
-                     f"  p90 {percent(e['p90']):>8s}  bias {percent(e['bias'], True):>8s}")  # fmt: skip
+        figures = [("MAPE", e["mape"], False), ("median", e["median"], False), ("p90", e["p90"], False),
+                   ("bias", e["bias"], True)]  # fmt: skip
+        text = "".join(f"  {label} {percent(value, signed):>8s}" for label, value, signed in figures)
+        lines.append(f"{title:24s}{e['rows']:>6,} rows{text}")
     for title, key in (("regret of first choice", "regret"), ("  without pathological", "regret_without_pathological")):
         g = score[key]
-        lines.append(f"{title:24s}{g['groups']:>6,} groups  mean {ratio(g['mean'])}  median {ratio(g['median'])}"
-                     f"  worst {ratio(g['worst'])}")  # fmt: skip
-    lines.append(f"{'rank correlation':24s}{score['rank']['groups']:>6,} groups  Spearman {ratio(score['rank']['spearman_mean'])}")
-    f = score["feasibility"]
-    lines.append(f"{'fits / does not fit':24s}{f['rows']:>6,} rows  balanced accuracy {percent(f['balanced_accuracy'])}"
-                 f"  called fitting but oom {percent(f['false_fit_frac'])}  margin {percent(MEMORY_MARGIN_FRAC)}")  # fmt: skip
+        text = "".join(f"  {figure} {ratio(g[figure])}" for figure in ("mean", "median", "worst"))
+        lines.append(f"{title:24s}{g['groups']:>6,} groups{text}")
+    rank, fit = score["rank"], score["feasibility"]
+    lines.append(f"{'rank correlation':24s}{rank['groups']:>6,} groups  Spearman {ratio(rank['spearman_mean'])}")
+    balanced, false_fits = percent(fit["balanced_accuracy"]), percent(fit["false_fit_frac"])
+    lines.append(f"{'fits / does not fit':24s}{fit['rows']:>6,} rows  balanced accuracy {balanced}"
+                 f"  called fitting but oom {false_fits}  margin {percent(MEMORY_MARGIN_FRAC)}")  # fmt: skip
     return lines
 
 
@@ -63,9 +66,10 @@ def _groups(predictions: Sequence[Prediction]) -> tuple[list[str], list[list[str
     rows = []
     for name, members in metrics.plan_groups(predictions).items():
         rank = metrics.spearman([p.step_s for p in members], [p.measured_s for p in members])
+        ranked = ratio(rank if len(members) > 2 else None)
         e = metrics.time_errors(members)
-        rows.append([name, str(len(members)), ratio(metrics.regret_of(members)),
-                     ratio(rank if len(members) > 2 else None), percent(e["mape"]), percent(e["bias"], True)])  # fmt: skip
+        rows.append([name, str(len(members)), ratio(metrics.regret_of(members)), ranked, percent(e["mape"]),
+                     percent(e["bias"], True)])  # fmt: skip
     return ["group", "plans", "regret", "rank", "MAPE", "bias"], rows
 
 
@@ -75,5 +79,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool
         return lines + ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
     cut = [[row[0] if len(row[0]) <= NAME_WIDTH else row[0][: NAME_WIDTH - 1] + "…", *row[1:]] for row in rows]
     widths = [max(len(row[i]) for row in [head, *cut]) for i in range(len(head))]
-    return ["  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+    return ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in [head, *cut]]  # fmt: skip

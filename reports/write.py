@@ -120,7 +120,8 @@ def _goals(p: Sequence[Prediction]) -> list[str]:
         ["peak memory", "median <= 5 %, MAPE <= 8 %", both(memory)],
         ["fits / does not fit", "balanced >= 95 %, false fits <= 2 %",
          f"{percent(fit['balanced_accuracy'])}, {percent(fit['false_fit_frac'])}"],
-        *[[f"MoE, {name}", "MAPE <= 15 %", percent(metrics.time_errors(rows)["mape"])] for name, rows in releases.items()],
+        *[[f"MoE, {name}", "MAPE <= 15 %", percent(metrics.time_errors(rows)["mape"])]
+          for name, rows in releases.items()],
     ])  # fmt: skip
 
 
@@ -132,7 +133,8 @@ def _peers(p: Sequence[Prediction]) -> list[str]:
     amp = metrics.score(_of(p, "AMP"))
     mean, worst = metrics.time_errors(korthikanti)["mape"], _worst(korthikanti)
     return _table(["rows", "their simulator", "ours"], [
-        ["Korthikanti, eight iteration times: mean, max", "Calculon 3.65 %, 8.87 %", f"{percent(mean)}, {percent(worst)}"],
+        ["Korthikanti, eight iteration times: mean, max", "Calculon 3.65 %, 8.87 %",
+         f"{percent(mean)}, {percent(worst)}"],
         ["vTrain single-node, 1,440 runs: MAPE", "vTrain 8.37 %", percent(single["mape"])],
         ["vTrain multi-node: MAPE (theirs on 109 runs)", "vTrain 14.73 %", percent(multi["mape"])],
         ["AMP homogeneous: Spearman, regret", "AMP 0.935, 1.10",
