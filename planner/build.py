@@ -25,7 +25,6 @@ from planner.plan import (
     Stage,
     graph_sha256,
 )
-from planner.runtime_support import executable_reasons
 from planner.simulated import SimulatedPlan, simulate_plan
 
 
@@ -48,13 +47,16 @@ def build_plan(
     job: Job,
     spec: PlanSpec,
     tool_version: str,
+    executable_reasons: tuple[str, ...],
     certificate: Certificate | None = None,
     runners_up: tuple[PlanSpec, ...] = (),
 ) -> Plan:
-    """Price and simulate `spec` and write down everything a reader or the runtime needs."""
+    """Price and simulate `spec` and write down everything a reader or the runtime needs.
+
+    `executable_reasons`: why the runtime cannot execute it, from planner.runtime.support; empty if it can.
+    """
     facts = model_facts(job.graph, job.machine.engine)
     priced = estimate(job.graph, job.machine, spec, facts)
-    reasons = executable_reasons(spec)
     return Plan(
         tool_version=tool_version,
         inputs=inputs_of(job),
@@ -68,8 +70,8 @@ def build_plan(
         alternatives=tuple(
             alternative_of(other, estimate(job.graph, job.machine, other, facts)) for other in runners_up
         ),
-        executable=not reasons,
-        executable_reasons=reasons,
+        executable=not executable_reasons,
+        executable_reasons=executable_reasons,
     )
 
 

@@ -28,6 +28,10 @@ class Trial:
         """Whether the best plan is fast enough."""
         return bool(self.result.plans) and self.result.plans[0].step_s <= max_step_s
 
+    def may_meet(self, max_step_s: float) -> bool:
+        """Whether the bound leaves room for a plan that is fast enough."""
+        return self.result.stop_reason != "infeasible" and self.result.lower_bound_s <= max_step_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -61,10 +65,10 @@ def choose(objective: str, counts: list[int], max_step_s: float, run: Callable[[
             break
     working = [trial for trial in trials if trial.meets(max_step_s)]
     if objective == "gpus":
-        possible = [t.num_gpus for t in trials if t.result.lower_bound_s <= max_step_s]
+        possible = [t.num_gpus for t in trials if t.may_meet(max_step_s)]
         best = min(working, key=lambda t: t.num_gpus, default=None)
         return Outcome(best=best, trials=tuple(trials), lower_bound=float(min(possible, default=float("inf"))))
-    bounds = [t.num_gpus * t.result.lower_bound_s for t in trials if t.result.lower_bound_s <= max_step_s]
+    bounds = [t.num_gpus * t.result.lower_bound_s for t in trials if t.may_meet(max_step_s)]
     best = min(working, key=lambda t: t.gpu_seconds, default=None)
     return Outcome(best=best, trials=tuple(trials), lower_bound=min(bounds, default=float("inf")))
 

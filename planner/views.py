@@ -9,7 +9,7 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.price import Machine
-from planner.costmodel.strategy import PlanSpec
+from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.plan import Part, Plan
 from planner.render import GIB, Grid, count, gib, percent, seconds
 
@@ -63,13 +63,17 @@ def option_cells(spec: PlanSpec) -> tuple[str, ...]:
     return (
         str(spec.pp), str(spec.vpp), spec.schedule.value, dp,
         str(spec.zero_stage) + "+cpu" * spec.offload_optimizer, cp, f"{spec.tp}{extras}", str(spec.ep),
-        str(spec.micro_batch_size), str(options_of(spec)["recompute"]) + _offloaded(spec),
+        str(spec.micro_batch_size), _strategies(spec),
     )  # fmt: skip
 
 
-def _offloaded(spec: PlanSpec) -> str:
-    layers = sum(s.offload_activations for s in spec.layers)
-    return f", {layers} offloaded" if layers else ""
+def _strategies(spec: PlanSpec) -> str:
+    """Layers by what they recompute, and how many keep their activations on the host: "4 none 92 sel 75 off"."""
+    counts = {kind: sum(s.recompute == kind for s in spec.layers) for kind in RECOMPUTE_KINDS}
+    used = {kind[:4] if kind != "selective" else "sel": n for kind, n in counts.items() if n}
+    offloaded = sum(s.offload_activations for s in spec.layers)
+    words = [f"{n} {kind}" for kind, n in used.items()] if len(used) > 1 else [options_of(spec)["recompute"]]
+    return " ".join(str(word) for word in words) + (f" {offloaded} off" if offloaded else "")
 
 
 def plan_row(

@@ -13,10 +13,10 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import Machine
+from planner.costmodel.strategy import PlanSpec
 from planner.errors import UserError
 from planner.files import check_writable, write_atomic
 from planner.render import FORMATS, Report, show
-from planner.runtime_support import OPTIONS
 from planner.space import Limits
 
 DEFAULT_CLUSTER, DEFAULT_ENGINE, DEFAULT_MARGIN_FRAC = "h100", "planner", 0.08
@@ -142,6 +142,14 @@ def engine_of(name: str) -> EngineSpec:
         raise UserError(str(error)) from None
 
 
+def executable_reasons(spec: PlanSpec) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec`; empty if it can."""
+    from planner.runtime.support import reasons
+
+    found: tuple[str, ...] = reasons(spec)
+    return found
+
+
 def machine_of(graph: ModelGraph, cluster: ClusterSpec, engine: EngineSpec, num_gpus: int) -> Machine:
     """`num_gpus` GPUs of `cluster`; UserError with the nearest whole nodes if they fill none."""
     try:
@@ -200,6 +208,8 @@ def limits_of(engine: EngineSpec, fix: str, forbid: str, executable_only: bool =
     names = {_known("--forbid", name.strip(), FORBIDDABLE) for name in forbid.split(",") if name.strip()}
     zeros = set(engine.zero_stages)
     if executable_only:
+        from planner.runtime.support import OPTIONS
+
         missing = {option.name for option in OPTIONS if option.reason}
         zeros -= {0} if "dp" in missing else set()
         names |= {name for name in missing if name in FORBIDDABLE}

@@ -170,13 +170,22 @@ def _checked(job: Job, result: SearchResult, limits: Limits, executable_only: bo
             space_sha256=space_sha256(),
             cost_model_sha256=cost_model_sha256(),
         )
-        plan = build_plan(job, found.spec, tool_version(), proof, others)
+        reasons = arguments.executable_reasons(found.spec)
+        if executable_only and reasons:
+            refused = {**refused, "not executable together": refused.get("not executable together", 0) + 1}
+            continue
+        plan = build_plan(job, found.spec, tool_version(), reasons, proof, others)
         wrong = problems(check_plan(plan))
         if not wrong:
             return plan
         name = f"checker: {wrong[0].name}"
         first = first or f"{wrong[0].name}: {wrong[0].detail}"
         refused = {**refused, name: refused.get(name, 0) + 1}
+    if not first:
+        raise InfeasibleError(
+            f"the runtime executes none of the {len(result.plans)} best plans, though every option of theirs: "
+            "forbid one of the options that do not go together, or give a larger --top"
+        )
     raise AssertionError(f"the checker refuses every plan found ({first}); nothing is written")
 
 
