@@ -1,0 +1,66 @@
+"""Sums over a layer's ops and tensors, against the published counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from shapes_for_tests import GPT, LLAMA, graph
+
+from planner.costmodel.engine import get_engine
+from planner.costmodel.facts import LayoutBytes, layer_facts
+
+SBH = GPT.seq_len * GPT.hidden
+STATS = 4 * 4 * GPT.seq_len  # mean and inverse deviation of two layer norms, float32
+
+
+def total(part: LayoutBytes) -> float:
+    return sum(getattr(part, field.name) for field in dataclasses.fields(part))
+
+
+def test_gpt_layer_keeps_32_bytes_per_element_without_dropout_masks() -> None:
+    """Korthikanti et al. 2022, section 4.1: 34 sbh, of which two are the masks of dropout (priced by the engine)."""
+    facts = layer_facts(graph().classes[0], get_engine("megatron-2022"))
+    none = facts.saved[0]
+    assert none.inner_bytes == (6 + 2 + 8 + 8) * SBH
+    assert none.outer_bytes == 4 * SBH + STATS
+    assert none.gathered_bytes == 4 * SBH
+    assert facts.dropped_bytes == 2 * 2 * SBH
+
+
+def test_flash_attention_keeps_its_row_statistics_and_unfused_does_not() -> None:
+    flash, unfused = (layer_facts(graph().classes[0], get_engine(n)) for n in ("megatron-2023", "megatron-2022"))
+    assert total(flash.saved[0]) - total(unfused.saved[0]) == 4 * GPT.heads * GPT.seq_len
+
+
+def test_selective_recomputation_of_attention_keeps_what_the_projection_reads() -> None:
+    facts = layer_facts(graph().classes[0], get_engine("megatron-2022"))
+    assert facts.selective_attention
+    assert total(facts.saved[1]) == total(facts.saved[0])
+
+
+def test_selective_recomputation_of_norms_drops_their_outputs() -> None:
+    """The planner's engine redoes norms and activation functions: 4 + 8 bytes per element less, statistics too."""
+    facts = layer_facts(graph().classes[0], get_engine("planner"))
+    assert total(facts.saved[0]) - total(facts.saved[1]) == (4 + 8) * SBH + STATS
+
+
+def test_a_fused_chain_keeps_nothing_inside_it() -> None:
+    """SiLU's output lies inside the fused SwiGLU kernel; torch's separate kernels keep it."""
+    fused, eager = (
+        layer_facts(graph(LLAMA).classes[0], dataclasses.replace(get_engine("nanotron"), fuses_elementwise=fuse))
+        for fuse in (True, False)
+    )
+    assert total(eager.saved[0]) - total(fused.saved[0]) == 2 * LLAMA.seq_len * LLAMA.ffn
+    assert fused.launches < eager.launches
+    assert sum(t.num_bytes for t in fused.traffic) < sum(t.num_bytes for t in eager.traffic)
+
+
+def test_log_probabilities_are_counted_apart() -> None:
+    facts = layer_facts(graph().epilogue, get_engine("planner"))
+    assert facts.loss_bytes == 4 * GPT.seq_len * GPT.vocab
+
+
+@pytest.mark.parametrize("name", ["planner", "megatron-core", "nanotron"])
+def test_full_recomputation_keeps_the_layers_input(name: str) -> None:
+    assert layer_facts(graph().classes[0], get_engine(name)).saved[2] == LayoutBytes(outer_bytes=2.0 * SBH)

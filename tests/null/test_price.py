@@ -1,0 +1,106 @@
+"""A layer's price: activation memory, tensor parallelism, waiting for the host, 8-bit GEMMs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from shapes_for_tests import GPT, LLAMA, graph, keys, one
+
+from planner.costmodel import comm
+from planner.costmodel.engine import EngineSpec, get_engine
+from planner.costmodel.facts import layer_facts
+from planner.costmodel.presets import load_cluster
+from planner.costmodel.price import LayerPrice, Machine, host_bound_s, price_layer
+from planner.reports.shapes import Shape
+
+
+def machine(engine: EngineSpec, dtype: str = "bfloat16", cluster: str = "a100-80gb") -> Machine:
+    spec = load_cluster(cluster)
+    return Machine(cluster=spec, domains=spec.domain_sizes(8), num_gpus=8, engine=engine, dtype=dtype, dtype_bytes=2)
+
+
+def price(engine: EngineSpec, shape: Shape = GPT, dtype: str = "bfloat16", cluster: str = "a100-80gb",
+          **changes: float) -> LayerPrice:  # fmt: skip
+    return price_layer(layer_facts(graph(shape).classes[0], engine), keys(**changes), machine(engine, dtype, cluster))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_activation_memory_is_korthikantis_equations(tp: int, batch: int) -> None:
+    """Korthikanti et al. 2022, equations 2 and 4: sbh (10 + 24/t + 5as/(ht)), and sbh/t (34 + 5as/h) with SP."""
+    s, h, a = GPT.seq_len, GPT.hidden, GPT.heads
+    engine = get_engine("megatron-2022")
+    plain = price(engine, tp=tp, micro_batch_size=batch)
+    split = price(engine, tp=tp, micro_batch_size=batch, sp=1)
+    stats = 4 * 4 * s * batch  # of the layer norms, left out of the paper's count
+    assert plain.saved[0][0] == pytest.approx(s * batch * h * (10 + 24 / tp + 5 * a * s / (h * tp)) + stats)
+    assert split.saved[0][0] == pytest.approx(s * batch * h / tp * (34 + 5 * a * s / h) + stats / tp)
+    assert split.saved[1][0] == pytest.approx(s * batch * h / tp * 34 + stats / tp)  # equation 6
+    assert plain.saved[2][0] == 2 * s * batch * h
+
+
+def test_tensor_parallelism_is_two_all_reduces_each_way() -> None:
+    """Shoeybi et al. 2019, section 3: with nothing hidden, four all-reduces of 2sbh bytes per layer."""
+    engine = dataclasses.replace(get_engine("megatron-2021"), overlap_tp_column=0.0)
+    m = machine(engine)
+    call = comm.all_reduce_s(m.cluster, m.domains, 2.0 * GPT.seq_len * GPT.hidden, one(1), one(8))
+    assert price(engine, tp=8).tp_f == pytest.approx(2 * call)
+    assert price(engine, tp=8).tp_b == pytest.approx(2 * call)
+    assert price(engine, tp=1).tp_f == 0
+
+
+def test_sequence_parallelism_gathers_again_unless_the_engine_kept_the_input() -> None:
+    again = dataclasses.replace(get_engine("megatron-2021"), sp_saves_gathered=False)
+    kept = dataclasses.replace(again, sp_saves_gathered=True)
+    m = machine(again)
+    gather = comm.all_gather_s(m.cluster, m.domains, 2.0 * GPT.seq_len * GPT.hidden, one(1), one(8))
+    longer = price(again, tp=8, sp=1).tp_b - price(kept, tp=8, sp=1).tp_b
+    assert longer == pytest.approx(2 * gather)
+    more = price(kept, tp=8, sp=1).saved[0] - price(again, tp=8, sp=1).saved[0]
+    assert more == pytest.approx(2 * 2 * GPT.seq_len * GPT.hidden * 7 / 8)
+
+
+def test_backward_of_column_parallel_gemms_hides_behind_weight_gradients() -> None:
+    bare = dataclasses.replace(get_engine("megatron-2022"), overlap_tp_column=0.0)
+    half = dataclasses.replace(bare, overlap_tp_column=0.5)
+    a, b = (price(e, tp=8, micro_batch_size=4) for e in (bare, half))
+    assert b.tp_f == a.tp_f
+    assert b.tp_b == pytest.approx(a.tp_b - 0.5 * np.minimum(a.tp_b, a.gemm_b + a.gemm_w))
+
+
+def test_host_bound_time_by_hand() -> None:
+    """Between the larger of both and their sum: (1 + 1)^(1/3) - 1; nothing is hidden from a blocking host."""
+    assert host_bound_s(one(1), one(1), False) == pytest.approx(2 ** (1 / 3) - 1)
+    assert host_bound_s(one(1), one(0), False) == 0
+    assert host_bound_s(one(100), one(1), False) == pytest.approx(1 / 3e4, rel=1e-3)
+    assert host_bound_s(one(1e-9), one(1), False) == pytest.approx(1)
+    assert host_bound_s(one(100), one(1), True) == 1
+
+
+def test_eight_bit_gemms_are_used_in_the_body_only() -> None:
+    engine = get_engine("megatron-core")
+    large = dataclasses.replace(LLAMA, hidden=8192, ffn=28_672, heads=64, head_dim=128)
+    wide, narrow = (price(engine, large, dtype=d, cluster="h100") for d in ("bfloat16", "float8"))
+    assert narrow.gemm_f < wide.gemm_f
+    head = layer_facts(graph(LLAMA).epilogue, engine)
+    times = [price_layer(head, keys(), machine(engine, d, "h100")).gemm_f for d in ("bfloat16", "float8")]
+    assert times[0] == times[1]
+
+
+def test_an_old_attention_kernel_bounds_the_rate_per_multiprocessor() -> None:
+    engine = dataclasses.replace(get_engine("llm-foundry"), attention_flops_per_sm=1e9)
+    forward = 2 * GPT.seq_len**2 * GPT.hidden  # 4 s^2 h, halved by the causal mask
+    got = price(engine)
+    assert got.attention_f == pytest.approx(forward / (108 * 1e9))
+    assert got.attention_b == pytest.approx(2 * forward / (108 * 1e9))
+
+
+def test_accumulation_moves_its_bytes_once_per_micro_batch() -> None:
+    engine = get_engine("nanotron")
+    got = price(engine)
+    device = machine(engine).cluster.device
+    rate = device.hbm_bytes_per_s.value * device.memory.hbm_frac
+    assert got.accumulate_w == pytest.approx(got.dense_params * 10 / rate)
+    assert price(get_engine("megatron-core")).accumulate_w == 0
