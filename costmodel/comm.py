@@ -79,25 +79,15 @@ def _rate(cluster: ClusterSpec, tier: int, efficiency: float, members: Array) ->
     return np.asarray(spec.bandwidth_bytes_per_s.value * efficiency * share[spec.topology], np.float64)
 
 
-def _ring_s(
-    cluster: ClusterSpec,
-    domains: tuple[int, ...],
-    name: str,
-    num_bytes: ArrayLike,
-    stride: ArrayLike,
-    size: ArrayLike,
-    passes: int,
-) -> Array:
+def _ring_s(cluster: ClusterSpec, fits: list[CollectiveFit], group: _Group, num_bytes: ArrayLike, passes: int) -> Array:
     """Ring of `passes` turns over the group: 1 for all-gather and reduce-scatter, 2 for all-reduce.
 
     Each of the passes * (k-1) steps occupies every link of the ring: the slowest tier sets the pace. A chunk's own
     way round the ring, hop by hop, is paid once on top.
     """
-    fits = _fits(cluster, domains, name)
-    group = _group(domains, stride, size)
     chunk = np.asarray(num_bytes, np.float64) / group.size
     steps = passes * (group.size - 1)
-    paced = np.zeros_like(chunk * group.size)
+    paced = np.zeros_like(chunk)
     way = fits[0].base_s * (steps > 0)
     for tier, fit in enumerate(fits):
         hops = passes * group.hops(tier)
@@ -113,44 +103,40 @@ def all_gather_s(
     cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
 ) -> Array:
     """Seconds to gather; `num_bytes` is the full gathered tensor on each GPU. NCCL ring: (k-1) n/k per GPU."""
-    return _ring_s(cluster, domains, "all_gather", num_bytes, stride, size, 1)
+    return _ring_s(cluster, _fits(cluster, domains, "all_gather"), _group(domains, stride, size), num_bytes, 1)
 
 
 def reduce_scatter_s(
     cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
 ) -> Array:
     """Seconds to reduce-scatter; `num_bytes` is the full tensor before it. NCCL ring: (k-1) n/k per GPU."""
-    return _ring_s(cluster, domains, "reduce_scatter", num_bytes, stride, size, 1)
+    return _ring_s(cluster, _fits(cluster, domains, "reduce_scatter"), _group(domains, stride, size), num_bytes, 1)
 
 
 def all_reduce_s(
     cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
 ) -> Array:
     """Seconds to all-reduce `num_bytes` per GPU: the fastest of ring, tree across domains, and in-switch (NVLS)."""
-    ring = _ring_s(cluster, domains, "all_reduce", num_bytes, stride, size, 2)
+    fits, group = _fits(cluster, domains, "all_reduce"), _group(domains, stride, size)
+    ring = _ring_s(cluster, fits, group, num_bytes, 2)
     if cluster.backend == "gloo":
         return ring
-    return np.minimum(ring, _tree_s(cluster, domains, num_bytes, stride, size))
+    return np.minimum(ring, _tree_s(cluster, fits, group, num_bytes))
 
 
-def _tree_s(
-    cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
-) -> Array:
+def _tree_s(cluster: ClusterSpec, fits: list[CollectiveFit], group: _Group, num_bytes: ArrayLike) -> Array:
     """Double binary tree over domains (Sanders et al. 2009; NCCL 2.4), NVLS or a chain inside the innermost one.
 
     Between domains each side sends n once when there are two of them and 2n otherwise. Inside, with c members: NVLS
     reads every member's n and a member stores its own n/c (multimem load-reduce and store, Klenk et al. 2020), so a
     link carries n (1 + 1/c); a chain 2n. Without NVLS a group inside one domain has no tree (inf): NCCL offers none.
     """
-    fits = _fits(cluster, domains, "all_reduce")
-    group = _group(domains, stride, size)
     n = np.asarray(num_bytes, np.float64) + 0 * group.size
     nvls = cluster.tiers[0].nvls_efficiency
     inner = group.members[0]
-    sent = n * (1 + 1 / inner) if nvls else 2 * n
-    inside = sent / _rate(cluster, 0, nvls or fits[0].efficiency, inner)
+    inside = (n * (1 + 1 / inner) if nvls else 2 * n) / _rate(cluster, 0, nvls or fits[0].efficiency, inner)
     wire = np.where(inner > 1, inside, 0.0)
-    # The chain inside a domain goes up and down; a switch reduces in the same two traversals.
+    # The chain inside a domain goes up and down; the measured start of a switched reduction grows with c likewise.
     way = fits[0].base_s + 2 * (inner - 1) * (fits[0].step_s + _ramp_s(fits[0], n / group.size))
     for tier, fit in enumerate(fits[1:], 1):
         branches = group.members[tier] / group.inner(tier)
