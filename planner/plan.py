@@ -221,7 +221,7 @@ def encode_plan(plan: Plan) -> bytes:
 
 def _pretty(value: Any, indent: int, key: str) -> str:
     flat = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    if key in ("graph", "cluster", "engine") or not isinstance(value, dict | list) or len(flat) + indent <= 112:
+    if key in ("graph", "cluster", "engine") or not isinstance(value, dict | list | tuple) or len(flat) + indent <= 112:
         return flat
     pad, end = " " * (indent + 2), " " * indent
     if isinstance(value, dict):
