@@ -145,7 +145,7 @@ def theta_for(shape: Shape, work: Work, target_s: Array) -> Array:
     a = np.where(shape.schedule == SCHEDULES.index(ScheduleKind.INTERLEAVED), shape.m - 1 / shape.vpp, a)
     rest = step_s(shape, work, np.zeros_like(target_s))
     alone = (shape.pp == 1) & (target_s >= step_s(shape, work, work.total_s))
-    within = np.where(target_s >= rest, np.inf, 0.0)
+    within = np.where(target_s >= rest, target_s, 0.0)
     theta = np.where(a > 0, (target_s - rest) / np.maximum(a, 1e-12), within)
     return np.asarray(np.where(alone, target_s / shape.m, theta))
 

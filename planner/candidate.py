@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from planner.costmodel.rates import Prices, Rates, build_rates
 from planner.costmodel.state import StateLayout
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
 from planner.partition import Inner
-from planner.space import SCHEDULES, Cells, IntArray
+from planner.space import SCHEDULES, Cells, IntArray, Limits, allowed_strategies, uses
 from planner.stages import stage_ranks, stage_sizes
 
 
@@ -44,13 +44,20 @@ def state_layout(cells: Cells, candidates: Candidates) -> StateLayout:
 
 def candidate_rates(
     graph: ModelGraph, prices: Prices, key: IntArray, cells: Cells, candidates: Candidates, machine: Machine,
-    one_chunk: bool = False,
+    limits: Limits, one_chunk: bool = False,
 ) -> Rates:  # fmt: skip
-    """Rates of all candidates at once; `key[cell]` is the column of `prices`. `one_chunk`: as if vpp were 1."""
+    """Rates of all candidates at once; `key[cell]` is the column of `prices`.
+
+    Strategies that `limits` exclude take forever. `one_chunk`: as if vpp were 1.
+    """
     at = candidates.cell
     layout = state_layout(cells, candidates)
     pp, vpp = cells.pp[at].astype(float), cells.vpp[at].astype(float)
-    return build_rates(graph, prices.take(key[at]), layout, pp, np.ones_like(vpp) if one_chunk else vpp, machine)
+    rates = build_rates(graph, prices.take(key[at]), layout, pp, np.ones_like(vpp) if one_chunk else vpp, machine)
+    allowed = allowed_strategies(uses(cells, at, candidates.layout), limits)
+    if allowed.all():
+        return rates
+    return replace(rates, extra_s_CSK=np.where(allowed, rates.extra_s_CSK, np.inf))
 
 
 def plan_spec(inner: Inner, cells: Cells, candidates: Candidates, k: int, partition: Partition) -> PlanSpec:

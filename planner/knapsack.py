@@ -56,12 +56,12 @@ def compositions(n: int, parts: int) -> IntArray:
 
 
 def undominated(options: Options, c: int) -> list[int]:
-    """Strategies of class c that no other one matches or beats in time, GPU, host and transient bytes."""
+    """Allowed strategies (finite time) of class c that no other matches or beats in time, GPU, host, transient bytes."""
     table = np.stack(
         [options.extra_s[c], options.activation_bytes[c], options.host_bytes[c], options.work_bytes[c]]
     )
     keep: list[int] = []
-    order = sorted(range(table.shape[1]), key=lambda s: tuple(table[:, s]))
+    order = sorted(np.flatnonzero(np.isfinite(table[0])).tolist(), key=lambda s: tuple(table[:, s]))
     for s in order:
         if not any(bool(np.all(table[:, q] <= table[:, s])) for q in keep):
             keep.append(s)
@@ -75,6 +75,11 @@ def solve(u: IntArray, options: Options, flight: Array, budget: Array, host_budg
     transients on the GPU, and for offloaded activations on the host.
     """
     kept = [undominated(options, c) if u[c] else [0] for c in range(len(u))]
+    if not all(kept):
+        nothing = np.full(len(flight), np.inf)
+        return Choice(
+            extra_s=nothing, lower_s=nothing, counts=np.zeros((len(flight), *options.extra_s.shape), np.int64)
+        )
     # Everything fits with the fastest choice of each class: the common case, answered at once.
     fastest = _fastest(u, options, kept, flight, budget, host_budget)
     if fastest is not None:

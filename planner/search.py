@@ -241,7 +241,7 @@ def _bounds(
     context: _Context, candidates: Candidates, shape: bounds.Shape, target: float, ideal: bool, rates: Rates | None = None
 ) -> Array:
     rates = rates or candidate_rates(
-        context.graph, context.prices, context.key, context.cells, candidates, context.machine, ideal
+        context.graph, context.prices, context.key, context.cells, candidates, context.machine, context.limits, ideal
     )
     return bounds.candidate_bounds(context.graph, rates, shape, context.usable_bytes, context.machine, target)
 
@@ -258,7 +258,9 @@ def _expand(context: _Context, state: _State, target: float) -> None:
     candidates = _candidates(context, np.array(block), [np.flatnonzero(b < target) for b in ideal])
     if not len(candidates):
         return
-    rates = candidate_rates(context.graph, context.prices, context.key, context.cells, candidates, context.machine)
+    rates = candidate_rates(
+        context.graph, context.prices, context.key, context.cells, candidates, context.machine, context.limits
+    )
     shape = bounds.shape_of(context.cells, candidates.cell, rates.p2p_s_K)
     found = _bounds(context, candidates, shape, target, False, rates)
     state.unfit += int(np.isinf(found).sum())
@@ -372,7 +374,7 @@ def _shortfall(context: _Context) -> float | None:
         rows = _layouts(context, cell)
         candidates = Candidates(cell=np.full(len(rows), cell), layout=rows)
         rates = candidate_rates(
-            context.graph, context.prices, context.key, cells, candidates, context.machine
+            context.graph, context.prices, context.key, cells, candidates, context.machine, context.limits
         )
         missing += [
             least_overflow_bytes(_inner(context, candidates, rates.column(i), i)) for i in range(len(rows))

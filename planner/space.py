@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from planner.costmodel.graph import LayerClass, ModelGraph
 from planner.costmodel.pipeline import ScheduleKind
+from planner.costmodel.strategy import STRATEGIES, LayerStrategy
 
 IntArray = NDArray[np.int64]
 SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED, ScheduleKind.ZB_H1, ScheduleKind.ZB_V)
@@ -23,12 +24,16 @@ LAYOUT_FIELDS = ("dp_replicate", "dp_shard", "zero", "offload_optimizer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the user restricts. `fixed` maps an option to its value; `forbidden` names options to leave out."""
+    """What the user or the runtime restricts.
+
+    `fixed` maps an option to its value; `forbidden` names options to leave out, `combinations` sets of options not
+    to use together, by the names of `uses` and `strategy_uses`.
+    """
 
     fixed: dict[str, int | str] = field(default_factory=dict)
     forbidden: frozenset[str] = frozenset()
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
-    executable: tuple[str, ...] | None = None
+    combinations: tuple[frozenset[str], ...] = ()
 
     def allows(self, option: str, value: int | str) -> bool:
         """Whether `option` may take `value`."""
@@ -58,6 +63,43 @@ class Cells:
     def take(self, index: IntArray) -> Cells:
         """The cells at `index`."""
         return Cells(**{name: getattr(self, name)[index] for name in self.__slots__})
+
+
+def strategy_uses(strategy: LayerStrategy) -> frozenset[str]:
+    """Options that a layer's strategy uses."""
+    names = set() if strategy.recompute == "none" else {strategy.recompute, "recompute"}
+    if strategy.offload_activations:
+        names |= {"offload_activations", "offload"}
+    return frozenset(names)
+
+
+def uses(cells: Cells, at: IntArray, layout: IntArray) -> dict[str, NDArray[np.bool_]]:
+    """Which candidates (cell `at`, state layout) use each option, arrays (K,)."""
+    replicate, _, zero, offload = layout.T
+    kinds = {SCHEDULES[i].value: cells.schedule[at] == i for i in range(1, len(SCHEDULES))}
+    return kinds | {
+        "tp": cells.tp[at] > 1, "sp": cells.sp[at] > 0, "vocab_parallel": cells.vocab_parallel[at] > 0,
+        "ulysses": cells.ulysses[at] > 1, "ring": cells.ring[at] > 1, "ep": cells.ep[at] > 1, "pp": cells.pp[at] > 1,
+        "dp": (cells.dp[at] > 1) & (zero == 0), "dp_replicate": (replicate > 1) & (zero > 0), "zero1": zero == 1,
+        "zero2": zero == 2, "zero3": zero == 3, "offload_optimizer": offload > 0,
+    }  # fmt: skip
+
+
+def allowed_strategies(used: dict[str, NDArray[np.bool_]], limits: Limits) -> NDArray[np.bool_]:
+    """Which strategies the limits leave to each candidate, (S, K); none for a candidate that is excluded itself."""
+    size = len(next(iter(used.values())))
+    allowed = np.ones((len(STRATEGIES), size), bool)
+    for s, strategy in enumerate(STRATEGIES):
+        own = strategy_uses(strategy)
+        fits = limits.allows("recompute", strategy.recompute)
+        fits = fits and limits.allows("offload_activations", int(strategy.offload_activations))
+        allowed[s] &= fits and not own & limits.forbidden
+        for names in limits.combinations:
+            together = np.ones(size, bool)
+            for name in names - own:
+                together &= used.get(name, np.zeros(size, bool))
+            allowed[s] &= ~together
+    return allowed
 
 
 def divisors(n: int) -> list[int]:
