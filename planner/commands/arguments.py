@@ -107,7 +107,8 @@ def load_graph(args: argparse.Namespace) -> ModelGraph:
     """Trace or read the model of `args`. TraceError or UserError of one line."""
     from planner.profiler.trace import trace_model
 
-    if args.model.partition(".py")[2][:1] in ("", ":") and ".py" in args.model:
+    file = Path(args.model.rpartition(":")[0] if ".py:" in args.model else args.model)
+    if file.suffix == ".py" and file.is_file():
         note(args, f"tracing {args.model}; {SANDBOX}")
     graph: ModelGraph = trace_model(args.model, seq_len=args.seq_len, time_limit_s=args.trace_limit)
     if args.seq_len and graph.unit == "tokens" and graph.traced_seq_len != args.seq_len:

@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Price and show; a plan that cannot work is refused with the check that fails."""
     path = Path(args.model)
+    if path.suffix == ".json" and not path.exists():
+        raise UserError(f"{path}: no such file; give a plan.json, a config.json, a saved graph or a model.py")
     plan = _repriced(path) if path.suffix == ".json" and _is_plan(path) else _given(args)
     if args.output:
         write_atomic(args.output, encode_plan(plan))
