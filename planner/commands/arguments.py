@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import Machine
-from planner.costmodel.strategy import PlanSpec
+from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.errors import UserError
 from planner.files import check_writable, write_atomic
 from planner.render import FORMATS, Report, show
@@ -24,12 +25,13 @@ SANDBOX = "a model.py is executed to trace it, in a child process with your righ
 ALIASES = {"mbs": "micro_batch_size", "zero_stage": "zero", "sequence_parallel": "sp"}
 FIXABLE = (
     "tp", "sp", "vocab_parallel", "pp", "vpp", "schedule", "dp", "dp_replicate", "dp_shard", "zero", "cp", "ulysses",
-    "ring", "ep", "micro_batch_size", "offload_optimizer",
+    "ring", "ep", "micro_batch_size", "recompute", "offload_activations", "offload_optimizer",
 )  # fmt: skip
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v")
+WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE_KINDS}
 FORBIDDABLE = (
-    "tp", "sp", "vocab_parallel", "pp", "vpp", "dp", "zero", "zero1", "zero2", "zero3", "cp", "ulysses", "ring", "ep",
-    "offload_optimizer", *SCHEDULES,
+    "tp", "sp", "vocab_parallel", "pp", "vpp", "dp", "dp_replicate", "zero", "zero1", "zero2", "zero3", "cp", "ulysses",
+    "ring", "ep", "recompute", "selective", "full", "offload", "offload_activations", "offload_optimizer", *SCHEDULES,
 )  # fmt: skip
 
 
@@ -191,13 +193,13 @@ def _pairs(kind: str, text: str) -> dict[str, int | str]:
 
 
 def _value(kind: str, name: str, value: str) -> int | str:
-    if name == "schedule":
-        if value not in SCHEDULES:
-            raise UserError(f"{kind}: schedule {value!r} is none of {', '.join(SCHEDULES)}")
+    if name in WORDS:
+        if value not in WORDS[name]:
+            raise UserError(f"{kind}: {name} {value!r} is none of {', '.join(WORDS[name])}")
         return value
     words = {"true": "1", "on": "1", "yes": "1", "false": "0", "off": "0", "no": "0"}
     number = words.get(value.lower(), value)
-    least = 0 if name in ("zero", "sp", "vocab_parallel", "offload_optimizer") else 1
+    least = 0 if name in ("zero", "sp", "vocab_parallel", "offload_activations", "offload_optimizer") else 1
     if not number.isdecimal() or int(number) < least:
         raise UserError(f"{kind}: {name}={value} needs a whole number of at least {least}")
     return int(number)
@@ -207,17 +209,30 @@ def limits_of(engine: EngineSpec, fix: str, forbid: str, executable_only: bool =
     """The restrictions that flags and engine put on the plan space."""
     fixed = _pairs("--fix", fix)
     names = {_known("--forbid", name.strip(), FORBIDDABLE) for name in forbid.split(",") if name.strip()}
-    zeros = set(engine.zero_stages)
-    if executable_only:
-        from planner.runtime.support import OPTIONS
-
-        missing = {option.name for option in OPTIONS if option.reason}
-        zeros -= {0} if "dp" in missing else set()
-        names |= {name for name in missing if name in FORBIDDABLE}
-    zeros -= {int(name[-1]) for name in names if name in ("zero1", "zero2", "zero3")}
     for name, value in fixed.items():
-        if name in names and value not in (0, 1):
+        if name in names and value not in (0, 1, "none"):
             raise UserError(f"--fix {name}={value} and --forbid {name} exclude each other")
+    missing, together = _runtime_lacks() if executable_only else (frozenset(), ())
+    # In the runtime's table "dp" is plain data parallelism, in --forbid every kind of it.
+    names |= missing & set(FORBIDDABLE) - {"dp"}
+    stages = {f"zero{stage}": stage for stage in engine.zero_stages}
+    single = tuple(frozenset({name}) for name in sorted(missing | names & {"dp_replicate"}))
     return Limits(
-        fixed=fixed, forbidden=frozenset(names - {"zero1", "zero2", "zero3"}), zero_stages=tuple(sorted(zeros))
+        fixed=fixed,
+        forbidden=frozenset(names - {"zero1", "zero2", "zero3"}),
+        zero_stages=tuple(stage for name, stage in stages.items() if name not in names),
+        combinations=(*single, *together),
     )
+
+
+def _runtime_lacks() -> tuple[frozenset[str], tuple[frozenset[str], ...]]:
+    """Options that the runtime does not execute, and sets of options that it does not execute together."""
+    from planner.runtime.support import COMBINATIONS, OPTIONS
+
+    either = {"zero-bubble": ("zb_h1", "zb_v")}
+    together = tuple(
+        frozenset(chosen)
+        for combination in COMBINATIONS
+        for chosen in itertools.product(*(either.get(name, name.split(" or ")) for name in combination.names))
+    )
+    return frozenset(option.name for option in OPTIONS if option.reason), together

@@ -116,15 +116,14 @@ def _why(args: argparse.Namespace, plan: Plan, job: Job) -> Report:
 
 def _limits(args: argparse.Namespace, plan: Plan, job: Job) -> Limits:
     """The plan's own restrictions with those of --why instead where they meet."""
-    asked = arguments.limits_of(job.machine.engine, args.why, "")
-    proof = plan.certificate
+    engine, proof = job.machine.engine, plan.certificate
     if proof is None:
-        return asked
-    return Limits(
-        fixed={**proof.space.fixed, **asked.fixed},
-        forbidden=frozenset(proof.space.forbidden) - frozenset(asked.fixed),
-        zero_stages=proof.space.zero_stages,
-    )
+        return arguments.limits_of(engine, args.why, "")
+    space = proof.space
+    fixed = arguments.limits_of(engine, args.why, "").fixed
+    forbidden = [name for name in space.forbidden if name not in fixed]
+    declared = arguments.limits_of(engine, args.why, ",".join(forbidden), space.executable_only)
+    return replace(declared, fixed={**space.fixed, **fixed}, zero_stages=space.zero_stages)
 
 
 def _cannot(asked: str, plan: Plan, job: Job, result: SearchResult) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,9 @@ import pytest
 
 from planner import cli
 from planner.build import build_plan
+from planner.commands import arguments
 from planner.commands import search as search_verb
+from planner.costmodel.engine import get_engine
 from planner.files import read_plan
 from planner.plan import encode_plan
 from planner.profiler.graph_io import encode_graph
@@ -87,6 +90,25 @@ def test_fix_and_forbid_bind(capsys: pytest.CaptureFixture[str]) -> None:
     assert space is not None and space.space.fixed == {"tp": 2, "micro_batch_size": 1}
 
 
+def test_executable_only_follows_the_runtimes_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner.runtime import support
+
+    names = {option.name for option in support.OPTIONS}
+    assert names <= {*arguments.FORBIDDABLE, "dp"}
+    for combination in arguments.limits_of(get_engine("planner"), "", "", True).combinations:
+        assert combination <= names, f"planner.space does not know {combination - names}"
+    runs = ("dp", "tp", "zero1")
+    only = tuple(dataclasses.replace(o, reason="" if o.name in runs else "no") for o in support.OPTIONS)
+    monkeypatch.setattr(support, "OPTIONS", only)
+    assert run("search", "graph.json", *JOB, "--executable-only", "--quiet") == 0
+    plan = read_plan(Path("plan.json"))
+    assert plan.executable and not plan.executable_reasons
+    assert plan.decisions.pp == 1 and plan.decisions.cp == 1 and plan.decisions.zero_stage in (0, 1)
+    assert run("search", "graph.json", *JOB, "--quiet") == 0
+    best = read_plan(Path("plan.json"))
+    assert best.predicted.step_s <= plan.predicted.step_s * 1.0001
+
+
 def test_estimate_prices_a_layout_by_flags(capsys: pytest.CaptureFixture[str]) -> None:
     layout = ["--tp", "2", "--pp", "4", "--sp", "--recompute", "full", "--mbs", "2", "-o", "mine.json"]
     found = run_json(capsys, "estimate", "graph.json", *JOB, *layout)
@@ -141,7 +163,7 @@ def test_objectives(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_infeasible_says_by_how_much_and_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
-    tight = ["--forbid", "offload_optimizer,tp,pp,zero", "--memory-margin", "0.9"]
+    tight = ["--forbid", "offload_optimizer,tp,pp,zero", "--memory-margin", "0.95"]
     assert run("search", "graph.json", "--gpus", "2", "--global-batch", "64", *tight) == 3
     text = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"misses by [\d.]+ GiB", text) and "ways out: " in text
@@ -323,8 +345,10 @@ def test_ctrl_c_at_any_moment(tmp_path: Path) -> None:
     (tmp_path / "big.json").write_bytes(encode_graph(plans.build_graph(shape)))
     args = ["search", "big.json", "--gpus", "1024", "--global-batch", "1536", "--gap", "0", "--format", "json"]
     command = [sys.executable, "-c", "import sys; from planner.cli import entry; sys.exit(entry())", *args, "--quiet"]
-    codes = []
-    for delay_s in (0.15, 0.3, 0.45, 0.6, 0.8, 1.2, 2.0, 3.0):
+    codes: list[int] = []
+    delay_s = 0.1
+    while delay_s < 30 and codes.count(0) < 2:
+        delay_s *= 1.4
         child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(delay_s)
         child.send_signal(signal.SIGINT)
@@ -334,7 +358,7 @@ def test_ctrl_c_at_any_moment(tmp_path: Path) -> None:
             assert json.loads(out)["stop_reason"] in ("interrupted", "exhausted", "gap") and err == ""
             assert read_plan(tmp_path / "plan.json")
             (tmp_path / "plan.json").unlink()
-        elif delay_s > 0.2:  # before that the interpreter itself may not be up
+        elif child.returncode != -signal.SIGINT:  # else the interpreter itself was not up yet
             assert child.returncode == 130 and out == ""
             assert err == "planner: interrupted; nothing was written\n"
         assert sorted(os.listdir(tmp_path)) == ["big.json", "given.json", "graph.json"]
