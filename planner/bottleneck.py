@@ -58,6 +58,8 @@ class Objective:
 
     def value(self, theta_s: float, extra_s: float, sync_s: float) -> float:
         """Step seconds."""
+        if extra_s == np.inf:
+            return np.inf
         return float(np.max(self.a * theta_s + self.const_R + self.extra_R * extra_s)) + sync_s + self.step_s
 
 

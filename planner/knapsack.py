@@ -56,7 +56,7 @@ def compositions(n: int, parts: int) -> IntArray:
 
 
 def undominated(options: Options, c: int) -> list[int]:
-    """Allowed strategies (finite time) of class c that no other matches or beats in time, GPU, host, transient bytes."""
+    """Allowed strategies of class c that no other matches or beats in time, GPU, host and transient bytes."""
     table = np.stack(
         [options.extra_s[c], options.activation_bytes[c], options.host_bytes[c], options.work_bytes[c]]
     )

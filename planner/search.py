@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner import bounds
+from planner import bounds, outline
 from planner.candidate import Candidates, candidate_rates, plan_spec
 from planner.costmodel.estimate import model_facts, price_model
 from planner.costmodel.graph import ModelGraph
@@ -148,7 +148,8 @@ def search(
     bound = bounds.cell_bounds(graph, prices, key, cells, machine)
     context = _Context(
         graph=graph, machine=machine, limits=limits, options=options, cells=cells, key=key,
-        group=key * (int(cells.pp.max()) + 1) + cells.pp, prices=prices, bound_N=bound, order=np.argsort(bound, kind="stable"), start_s=start_s, clock=clock, on_progress=on_progress,
+        group=key * (int(cells.pp.max()) + 1) + cells.pp, prices=prices, bound_N=bound,
+        order=np.argsort(bound, kind="stable"), start_s=start_s, clock=clock, on_progress=on_progress,
     )  # fmt: skip
     state = _State()
     try:
@@ -215,7 +216,9 @@ def _refine(context: _Context, state: _State, target: float) -> None:
     unseen = np.array([int(g) not in state.groups for g in new])
     candidates = _candidates(context, block[first[unseen]], None)
     if len(candidates):
-        found = _bounds(context, candidates, bounds.ideal_shape(context.cells, candidates.cell), target, True)
+        rates = _rates(context, candidates, one_chunk=True)
+        shape = outline.ideal_shape(context.cells, candidates.cell)
+        found = _candidate_bounds(context, rates, shape, target)
         for cell in block[first[unseen]]:
             state.groups[int(context.group[cell])] = found[candidates.cell == cell]
     for cell, g in zip(block, group, strict=True):
@@ -237,12 +240,14 @@ def _candidates(context: _Context, block: IntArray, keep: list[IntArray] | None)
     return Candidates(cell=cell, layout=np.concatenate([np.zeros((0, 4), np.int64), *rows]))
 
 
-def _bounds(
-    context: _Context, candidates: Candidates, shape: bounds.Shape, target: float, ideal: bool, rates: Rates | None = None
-) -> Array:
-    rates = rates or candidate_rates(
-        context.graph, context.prices, context.key, context.cells, candidates, context.machine, context.limits, ideal
-    )
+def _rates(context: _Context, candidates: Candidates, one_chunk: bool = False) -> Rates:
+    return candidate_rates(
+        context.graph, context.prices, context.key, context.cells, candidates, context.machine, context.limits,
+        one_chunk,
+    )  # fmt: skip
+
+
+def _candidate_bounds(context: _Context, rates: Rates, shape: outline.Shape, target: float) -> Array:
     return bounds.candidate_bounds(context.graph, rates, shape, context.usable_bytes, context.machine, target)
 
 
@@ -258,11 +263,9 @@ def _expand(context: _Context, state: _State, target: float) -> None:
     candidates = _candidates(context, np.array(block), [np.flatnonzero(b < target) for b in ideal])
     if not len(candidates):
         return
-    rates = candidate_rates(
-        context.graph, context.prices, context.key, context.cells, candidates, context.machine, context.limits
-    )
-    shape = bounds.shape_of(context.cells, candidates.cell, rates.p2p_s_K)
-    found = _bounds(context, candidates, shape, target, False, rates)
+    rates = _rates(context, candidates)
+    shape = outline.shape_of(context.cells, candidates.cell, rates.p2p_s_K)
+    found = _candidate_bounds(context, rates, shape, target)
     state.unfit += int(np.isinf(found).sum())
     keep = np.flatnonzero(found < target)
     state.closed |= len(keep) + int(np.isinf(found).sum()) < len(found)
@@ -373,9 +376,7 @@ def _shortfall(context: _Context) -> float | None:
     for cell in spread:
         rows = _layouts(context, cell)
         candidates = Candidates(cell=np.full(len(rows), cell), layout=rows)
-        rates = candidate_rates(
-            context.graph, context.prices, context.key, cells, candidates, context.machine, context.limits
-        )
+        rates = _rates(context, candidates)
         missing += [
             least_overflow_bytes(_inner(context, candidates, rates.column(i), i)) for i in range(len(rows))
         ]
