@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1}
 TENSOR_OVER_CUDA_CORES = 16.0  # 16-bit matrix rates: A100 312 over 19.5 TFLOP/s (NVIDIA A100 datasheet)
+TRAINING_HEAT = 0.5  # assumed: 0 is 4 % too fast and 1 is 4 % too slow on a published layer (reports/calibration.md)
 _QUANTISE_BYTES = 5  # per element of A: read for its scale (2), read and written (2 + 1)
 _BORROW = ("bfloat16", "float16", "float32", "float8")  # whose fit a dtype without one of its own uses
 # (tile_m, tile_n, halvings below 128x256, split of k with a partial output in fp32): libraries pick the best, and so
@@ -42,19 +43,31 @@ def gemm_evidence(device: DeviceSpec, dtype: str) -> Source:
     return fit.evidence if own else max(fit.evidence, Source.MODELLED)
 
 
-def gemm_s(device: DeviceSpec, dtype: str, batch: ArrayLike, m: ArrayLike, n: ArrayLike, k: ArrayLike) -> Array:
+def gemm_s(
+    device: DeviceSpec,
+    dtype: str,
+    batch: ArrayLike,
+    m: ArrayLike,
+    n: ArrayLike,
+    k: ArrayLike,
+    *,
+    heat: float = TRAINING_HEAT,
+) -> Array:
     """Seconds of C[batch, m, n] = A[batch, m, k] B[batch, k, n]; inputs broadcast.
 
     overhead + max(math, HBM traffic / rate); math = min over tiles and split-k of
-    waves * tile_m * tile_n * 2 (k/split + ramp_k) * SMs / (peak * frac(F)), F = 2 batch m n k,
-    frac(F) = sustained + (peak_frac - sustained) / (1 + F/throttle): large kernels run at the power limit.
+    waves * tile_m * tile_n * 2 (k/split + ramp_k) * SMs / (peak * frac).
     waves = tiles/SMs rounded up in the proportion `wave_quantum` (wave and tile quantisation, NVIDIA Deep
     Learning Performance Guide, section 'Matrix multiplication'). float8 adds the quantisation of A from 16 bits.
+    A kernel alone (`heat` 0, microbenchmarks) slows only as it grows: frac = sustained + (peak_frac - sustained) /
+    (1 + F/throttle), F = 2 batch m n k. Nothing but GEMMs for long (`heat` 1) holds the chip at its power limit:
+    frac = sustained. A training step lies between, by the share of its kernels that draw less.
     """
     fit, _ = gemm_fit(device, dtype)
     b_, m_, n_, k_ = np.broadcast_arrays(_f(batch), _f(m), _f(n), _f(k))
     output = b_ * m_ * n_
-    frac = fit.sustained_frac + (fit.peak_frac - fit.sustained_frac) / (1 + output * k_ * (2 / fit.throttle_flops))
+    cool = (1 - heat) * (fit.peak_frac - fit.sustained_frac)
+    frac = fit.sustained_frac + cool / (1 + output * k_ * (2 / fit.throttle_flops))
     hbm = device.hbm_bytes_per_s.value * fit.hbm_frac
     math_s = np.full(b_.shape, np.inf)
     for tile_m, tile_n, halvings, split in _KERNELS:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from planner.costmodel.compute import gemm_s
@@ -24,6 +25,7 @@ GPUS = {
     "L40S": "l40s-48gb",
 }
 DTYPES = {"bfloat16": "bfloat16", "fp16": "float16", "fp8": "float8"}
+WARM = "10k warm-up iterations"  # long enough for the chip to reach its power limit, as in training
 MIN_ROWS = 100  # a dtype with fewer rows borrows and only judges
 BEST_SHAPE = "stas00 MAMF"  # the fastest shape of a search: no sample of shapes, so it neither fits nor judges
 
@@ -56,12 +58,14 @@ def read(path: Path) -> pd.DataFrame:
     """gemm.csv in SI units under the names of presets and dtypes; rows of other devices and dtypes are dropped."""
     table = pd.read_csv(path)
     table = table[table.gpu.isin(GPUS) & table.dtype.isin(DTYPES)]
-    return table.assign(device=table.gpu.map(GPUS), dtype=table.dtype.map(DTYPES), time_s=table.time_us * US)
+    hot = table.notes.str.contains(WARM)
+    return table.assign(device=table.gpu.map(GPUS), dtype=table.dtype.map(DTYPES), time_s=table.time_us * US, hot=hot)
 
 
 def _time_s(device: DeviceSpec, dtype: str, rows: pd.DataFrame) -> Array:
     m, n, k = (rows[name].to_numpy(float) for name in "mnk")
-    return gemm_s(device, dtype, 1.0, m, n, k)
+    cold, hot = (gemm_s(device, dtype, 1.0, m, n, k, heat=heat) for heat in (0.0, 1.0))
+    return np.where(rows.hot, hot, cold)
 
 
 def _with(device: DeviceSpec, dtype: str, constants: GemmFit) -> DeviceSpec:

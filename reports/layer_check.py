@@ -1,8 +1,9 @@
 """A transformer layer of Megatron-LM on 8 A100 (Korthikanti et al. 2022, Table 4) from kernels and links alone.
 
-A check, not a fit: the calibrated constants against the published times of one GPT-22B layer, fp16, TP 8, micro-batch
-4. Traffic per element of a token's hidden vector, in bytes: layer norm 4 forward and 6 backward, bias-dropout-add 7
-and 5 (with its mask), bias-GeLU 4 and 6; attention is unfused.
+A check, not a fit (only `compute.TRAINING_HEAT` was chosen with it in view): the calibrated constants against the
+published times of one GPT-22B layer, fp16, TP 8, micro-batch 4. Traffic per element of a token's hidden vector, in
+bytes: layer norm 4 forward and 6 backward, bias-dropout-add 7 and 5 (with its mask), bias-GeLU 4 and 6; attention is
+unfused.
 """
 
 from __future__ import annotations

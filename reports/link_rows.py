@@ -49,7 +49,7 @@ def _inside(gpu: str) -> tuple[str, float]:
     return _NVLINK.get(name.group() if name else "", ("nvlink3", 300.0))
 
 
-def _network(text: str, per_node: float) -> tuple[str, float]:
+def network(text: str, per_node: float) -> tuple[str, float]:
     """'8x400Gb/s IB per node' as (link, GB/s per GPU); one GPU and NIC per node without a count."""
     found = re.search(r"(?:(\d+)x)?(\d+)Gb/s", text)
     if not found:
@@ -76,7 +76,7 @@ def _comm_row(row: Any) -> dict[str, Any] | None:
     if "NVL72" in str(row.intra_node):
         place["link"] = "nvlink5-nvl72"
     elif nodes > 1:
-        link, rate = _network(str(row.inter_node), gpus / nodes)
+        link, rate = network(str(row.inter_node), gpus / nodes)
         place |= {
             "link": link,
             "gb_per_s": rate,
