@@ -262,7 +262,12 @@ def _parse(data: bytes, name: str) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise PlanFileError(f"{name}: {len(data):,} bytes is more than a plan can be ({MAX_BYTES:,})")
     try:
-        body = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        body = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise PlanFileError(f"{name}: not a plan: {error or 'nested too deeply'}") from None
     if not isinstance(body, dict):
@@ -280,6 +285,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text)
 
 
 def _convert(body: dict[str, Any], name: str) -> Plan:

@@ -18,13 +18,15 @@ import pytest
 
 from planner import cli
 from planner.build import build_plan
+from planner.check import Finding
 from planner.commands import arguments
 from planner.commands import search as search_verb
 from planner.costmodel.engine import get_engine
 from planner.files import read_plan
-from planner.plan import encode_plan
+from planner.plan import Plan, encode_plan
 from planner.profiler.graph_io import encode_graph
-from planner.search import SearchOptions
+from planner.search import SearchOptions, SearchResult
+from planner.space import Limits
 
 JOB = ["--gpus", "16", "--global-batch", "64"]
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -307,6 +309,32 @@ def test_a_plan_that_the_checker_refuses_is_not_written(monkeypatch: pytest.Monk
     )
     assert run("search", "graph.json", *JOB, "--quiet") == 1
     assert not Path("plan.json").exists()
+
+
+def test_when_the_simulator_refuses_every_time_interleaving_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of the whole space stays, so the gap is against it."""
+    real_search, real_check, calls = search_verb.search, search_verb.check_plan, []
+
+    def once(*args: object) -> SearchResult:
+        calls.append(args[3])
+        return real_search(*args)  # type: ignore[arg-type]
+
+    def refuse_first(plan: Plan) -> tuple[Finding, ...]:
+        good = len(calls) > 1
+        return (*real_check(plan), Finding(name="step time", ok=good, detail="simulated 2 s"))
+
+    monkeypatch.setattr(search_verb, "search", once)
+    monkeypatch.setattr(search_verb, "check_plan", refuse_first)
+    first = real_search(plans.graph(), plans.job().machine, plans.BATCH, Limits(), SearchOptions())
+    assert run("search", "graph.json", *JOB, "--format", "json") == 0
+    out, err = capsys.readouterr()
+    assert "interleaved" in calls[1].forbidden and "simulated 2 s" in err
+    found, plan = json.loads(out), read_plan(Path("plan.json"))
+    assert found["lower_bound_s"] <= first.lower_bound_s * (1 + 1e-9)
+    assert plan.certificate is not None
+    assert plan.certificate.refused["interleaved: simulated step time"] == len(first.plans)
 
 
 # ---- Ctrl-C

@@ -159,6 +159,7 @@ def test_wrong_values_are_named(path: tuple[str | int, ...], value: object, word
         (b'{"schema": "planner.graph/1"}', "planner.graph/1"),
         (b'{"schema": "planner.plan/1", "schema": "planner.plan/1"}', "twice"),
         (b'{"schema": "planner.plan/1", "x": NaN}', "NaN"),
+        (b'{"schema": "planner.plan/1", "x": 1e999}', "1e999"),
         (b"\xff\xfe", "not a plan"),
         (b"[" * 100_000, "not a plan"),
         (b'{"schema": "planner.plan/1", "inputs": 3}', "inputs"),
