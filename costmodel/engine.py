@@ -98,6 +98,26 @@ _ENGINES = (
         note="Megatron-Core with distributed optimizer, overlapped gradient reduce and parameter gather",
     ),
     EngineSpec(
+        name="nemo",
+        p2p_scatter=True,
+        overlap_tp=0.7,
+        accumulate_bytes=0.0,
+        logit_bytes=8.0,
+        attention="cudnn",
+        fuses_elementwise=True,
+        selective_recompute=(OpKind.ATTENTION,),
+        zero_stages=(0, 1),
+        grad_bytes=2.0,
+        reduce_bytes=2.0,
+        overlap_cp=0.8,
+        overlap_p2p_interleaved=0.8,
+        overlap_grad_reduce=0.8,
+        overlap_param_gather=0.8,
+        overlap_offload=0.8,
+        note="NeMo and Megatron-Bridge performance recipes: Megatron-Core with tensor-parallel overlap and 16-bit "
+        "gradients (grad_reduce_in_fp32 off)",
+    ),
+    EngineSpec(
         name="megatron-2021",
         p2p_scatter=True,
         logit_bytes=8.0,
@@ -190,11 +210,9 @@ _ENGINES = (
     ),
     EngineSpec(
         name="nanotron",
-        bucket_params=60e6,
         host_launch_s=20e-6,
         host_collective_s=220e-6,
         zero_stages=(0, 1),
-        overlap_grad_reduce=0.5,
         sp_saves_gathered=True,
         accumulate_bytes=10.0,
         logit_bytes=16.0,
@@ -202,13 +220,14 @@ _ENGINES = (
     ),
     EngineSpec(
         name="llm-foundry",
+        logit_bytes=4.0,
         attention_flops_per_sm=0.93e12,
         zero_stages=(3,),
         reduce_bytes=2.0,
         overlap_grad_reduce=0.8,
         overlap_zero3=0.8,
-        note="llm-foundry of 2023: torch FSDP1 with 16-bit reduction, first-generation flash attention, which "
-        "reaches about 100 TFLOP/s on the 108 of an A100 (Dao 2023, arXiv 2307.08691, figure 4)",
+        note="llm-foundry of 2023: torch FSDP1 with 16-bit reduction, fused loss, first-generation flash attention, "
+        "which reaches about 100 TFLOP/s on the 108 of an A100 (Dao 2023, arXiv 2307.08691, figure 4)",
     ),
     EngineSpec(
         name="xla",

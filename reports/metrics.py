@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,16 +39,32 @@ def memory_errors(predictions: Iterable[Prediction]) -> Score:
     return errors(p.memory_error for p in predictions if p.measured_bytes)
 
 
-def plan_groups(predictions: Iterable[Prediction]) -> dict[str, list[Prediction]]:
-    """Runs that ended well by plan group, groups of two or more."""
-    groups: dict[str, list[Prediction]] = defaultdict(list)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """One plan of a plan group under one engine: rows that repeat it are one alternative, their median measured."""
+
+    step_s: float
+    measured_s: float
+    fits: bool
+
+
+def plan_groups(predictions: Iterable[Prediction]) -> dict[str, list[Alternative]]:
+    """Runs that ended well by plan group, groups of two alternatives or more."""
+    rows: dict[str, dict[object, list[Prediction]]] = defaultdict(lambda: defaultdict(list))
     for p in predictions:
         if p.measured_s and p.row.text("plan_group"):
-            groups[p.row.text("plan_group")].append(p)
+            key = (p.case.spec, p.case.engine.name, p.case.graph.dtype)
+            rows[p.row.text("plan_group")][key].append(p)
+    groups = {name: [_alternative(same) for same in plans.values()] for name, plans in rows.items()}
     return {name: members for name, members in groups.items() if len(members) > 1}
 
 
-def regret_of(members: Sequence[Prediction]) -> float:
+def _alternative(same: Sequence[Prediction]) -> Alternative:
+    measured = float(np.median([p.measured_s for p in same]))
+    return Alternative(step_s=same[0].step_s, measured_s=measured, fits=same[0].fits)
+
+
+def regret_of(members: Sequence[Alternative]) -> float:
     """Measured time of the plan we would choose over that of the fastest.
 
     We choose the fastest in prediction among those that we call fitting, or among all if none is.
@@ -56,7 +73,12 @@ def regret_of(members: Sequence[Prediction]) -> float:
     return chosen.measured_s / min(p.measured_s for p in members)
 
 
-def regret(groups: Mapping[str, Sequence[Prediction]]) -> Score:
+def rank_of(members: Sequence[Alternative]) -> float:
+    """Spearman correlation of predicted and measured times."""
+    return spearman([p.step_s for p in members], [p.measured_s for p in members])
+
+
+def regret(groups: Mapping[str, Sequence[Alternative]]) -> Score:
     """groups, mean, median, worst of the regret of the first choice; None without groups."""
     values = np.array([regret_of(members) for members in groups.values()])
     if not values.size:
@@ -79,9 +101,9 @@ def _ranks(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return (ends - (counts - 1) / 2)[inverse]
 
 
-def rank(groups: Mapping[str, Sequence[Prediction]]) -> Score:
+def rank(groups: Mapping[str, Sequence[Alternative]]) -> Score:
     """Mean Spearman correlation of predicted and measured times over groups of three or more."""
-    values = [spearman([p.step_s for p in g], [p.measured_s for p in g]) for g in groups.values() if len(g) > 2]
+    values = [rank_of(members) for members in groups.values() if len(members) > 2]
     return {"groups": len(values), "spearman_mean": float(np.mean(values)) if values else None}
 
 

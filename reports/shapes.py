@@ -2,7 +2,7 @@
 
 Ops, tensors and cuts are those of the traced examples (examples/gpt3_175b.py, examples/llama3.py) and, for MoE,
 of a Hugging Face Mixtral with native norms; tests/cpu/test_shapes.py holds the two against each other.
-`fused_projections` joins q, k, v and gate, up into one GEMM each, as Megatron and nanotron store them.
+`fused_projections` is the code of Megatron and nanotron: q, k, v and gate, up joined into one GEMM each.
 """
 
 from __future__ import annotations
@@ -277,6 +277,7 @@ def _experts(layer: _Layer, shape: Shape, x: int) -> int:
     sent = layer.op("dispatch", OpKind.PERMUTE, TpCut.OUTER, (x, chosen), ((BF16 * rows * shape.hidden, True),),
                     layout=TensorLayout.GATHERED, routed=True)
     done = _mlp(layer, shape, sent, rows)
-    layer.tensors[done] = dataclasses.replace(layer.tensors[done], saved=True)
+    # Megatron-Core weights the experts' hidden layer instead of their output, which then need not be kept.
+    layer.tensors[done] = dataclasses.replace(layer.tensors[done], saved=not shape.fused_projections)
     return layer.op("combine", OpKind.PERMUTE, TpCut.OUTER, (done, weights, chosen),
                     ((BF16 * tokens * shape.hidden, False),), routed=True)

@@ -39,6 +39,7 @@ class Software:
 MEGATRON_VOCAB = 128
 _MEGATRON_2021 = Software(engine="megatron-2021", vocab_multiple=MEGATRON_VOCAB, tied=True)
 _MEGATRON_CORE = Software(engine="megatron-core", vocab_multiple=MEGATRON_VOCAB)
+_NEMO = dataclasses.replace(_MEGATRON_CORE, engine="nemo")
 _SAIL = Software(engine="megatron-2023", vocab_multiple=MEGATRON_VOCAB, tied=False)
 _XLA = Software(engine="xla", fused_projections=False)
 
@@ -52,10 +53,10 @@ SOFTWARE: dict[str, Software] = {
         engine="megatron-deepspeed-bf16", vocab_multiple=MEGATRON_VOCAB, tied=True, memory="process"),
     "AMP": dataclasses.replace(_MEGATRON_2021, engine="deepspeed-pipe"),
     "Megatron-LM README (mcore r0.8, 2024)": _MEGATRON_CORE,
-    "NeMo docs performance summary": _MEGATRON_CORE,
-    "Megatron-Bridge perf docs": _MEGATRON_CORE,
-    "Megatron-Bridge skills & cards": dataclasses.replace(_MEGATRON_CORE, memory="allocated"),
-    "NVIDIA dgxc-benchmarking": _MEGATRON_CORE,
+    "NeMo docs performance summary": _NEMO,
+    "Megatron-Bridge perf docs": _NEMO,
+    "Megatron-Bridge skills & cards": _NEMO,
+    "NVIDIA dgxc-benchmarking": _NEMO,
     "NVIDIA dgxc-benchmarking|xla": _XLA,
     "ZeroBubble": dataclasses.replace(_SAIL, engine="megatron-2023-unfused", memory_unit_bytes=GB),
     "VocabularyParallelism": _SAIL,

@@ -65,9 +65,8 @@ def per(predictions: Sequence[Prediction], key: str, *, markdown: bool = False) 
 def _groups(predictions: Sequence[Prediction]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, members in metrics.plan_groups(predictions).items():
-        rank = metrics.spearman([p.step_s for p in members], [p.measured_s for p in members])
-        ranked = ratio(rank if len(members) > 2 else None)
-        e = metrics.time_errors(members)
+        ranked = ratio(metrics.rank_of(members) if len(members) > 2 else None)
+        e = metrics.errors(p.step_s / p.measured_s - 1 for p in members)
         rows.append([name, str(len(members)), ratio(metrics.regret_of(members)), ranked, percent(e["mape"]),
                      percent(e["bias"], True)])  # fmt: skip
     return ["group", "plans", "regret", "rank", "MAPE", "bias"], rows
