@@ -6,6 +6,7 @@ import ast
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_outside_packages(layer: str) -> None:
     for path in (p for p in sources() if layer_of(p) == layer):
         outside = {module.split(".")[0] for module, _ in imports(path)} - standard - allowed
         assert not outside, f"{path} imports {outside}"
+
+
+def test_every_package_is_shipped() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in sources()}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(listed) == {name if name.startswith("planner") else f"planner.{name}" for name in names}
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
