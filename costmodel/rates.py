@@ -82,7 +82,7 @@ def _take(value: Rates, index: NDArray[np.int64]) -> Rates:
         if isinstance(item, np.ndarray):
             return item[..., index]
         assert isinstance(item, (EndRates, StateLayout))
-        return type(item)(**{f.name: pick(getattr(item, f.name)) for f in fields(item)})
+        return type(item)(**{f.name: pick(getattr(item, f.name)) for f in fields(item)})  # type: ignore[arg-type]
 
     return Rates(**{f.name: pick(getattr(value, f.name)) for f in fields(value)})  # type: ignore[arg-type]
 
