@@ -101,7 +101,8 @@ def _layers(checks: Sequence[LayerCheck]) -> str:
     head = ("recompute", "sequence parallel", *("forward ms", "measured", "error", "backward ms", "measured", "error"))
     return (
         "\n## A whole layer from kernels and links\nOne GPT-22B layer, TP 8 on A100, unfused attention "
-        "(Korthikanti et al. 2022, Table 4). One\nchoice was made with these rows in view: how hot the chip runs in training "
+        "(Korthikanti et al. 2022, Table 4). One\nchoice was made with these rows in view: how hot the chip runs in "
+        "training "
         "(`compute.TRAINING_HEAT`), half way between\nmicrobenchmarks (4 % too fast here) and the power limit (4 % too "
         "slow). Nothing else was fitted to them.\n\n" + _table(head, rows)
     )
