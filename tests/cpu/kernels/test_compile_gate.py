@@ -1,0 +1,64 @@
+"""Every Triton kernel compiles for A100, Hopper and Blackwell within its budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Most registers per thread, shared bytes and spilled bytes; fewest 128-bit loads; whether MMA is required."""
+
+    registers: int
+    shared: int = 4096
+    spills: int = 0
+    vector_loads: int = 1
+    matrix: bool = False
+
+
+BUDGETS = {
+    "ce_stats": Budget(registers=64),
+    "ce_grad": Budget(registers=40),
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, dict[str, int]]]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    gate = Path(__file__).with_name("compile_gate.py")
+    done = subprocess.run(
+        [sys.executable, gate], env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_kernel_has_a_budget(compiled: dict[str, object]) -> None:
+    """Each @triton.jit kernel that a launcher starts is a case, each case has a budget, none is left over."""
+    assert set(compiled) == set(BUDGETS)
+    sources = (Path(__file__).parents[3] / "kernels").glob("triton_*.py")
+    kernels = {line.split("def ")[1].split("(")[0] for f in sources for line in f.read_text().splitlines()
+               if line.startswith("def ") and line.split("(")[0].endswith("_kernel")}  # fmt: skip
+    cases = Path(__file__).with_name("compile_gate.py").read_text()
+    assert all(f'kernel="{kernel}"' in cases for kernel in kernels), kernels
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+@pytest.mark.parametrize("kernel", BUDGETS)
+def test_within_budget(compiled: dict[str, dict[str, dict[str, int]]], kernel: str, arch: str) -> None:
+    found, budget = compiled[kernel][arch], BUDGETS[kernel]
+    assert found["registers"] <= budget.registers, found
+    assert found["spills"] <= budget.spills, found
+    assert found["shared"] <= budget.shared, found
+    assert found["vector_loads"] >= budget.vector_loads, found
+    assert found["matrix"] > 0 or not budget.matrix, found
