@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,9 +51,8 @@ def _screen(parts: Sequence[str | Grid], color: bool) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if color else WIDTH
     target = io.StringIO()
-    console = Console(file=target, width=max(width, 40), force_terminal=color, highlight=False, soft_wrap=False)
+    console = Console(file=target, width=WIDTH, force_terminal=color, highlight=False, soft_wrap=False)
     for part in parts:
         if isinstance(part, str):
             head, _, rest = part.partition("  ")
