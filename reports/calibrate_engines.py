@@ -104,7 +104,8 @@ def _source(row: Row) -> str:
 
 FITS = (
     Fit(engine="", trait="IN_STEP_GEMM", values=(1.06, 1.08, 1.1, 1.12, 1.14, 1.16, 1.18),
-        rows="Megatron SC21 (A100), NVIDIA dgxc bf16 with Megatron (H100); every other source is left out", selects=_in_step, fold=_source),
+        rows="Megatron SC21 (A100), NVIDIA dgxc bf16 with Megatron (H100); every other source is left out",
+        selects=_in_step, fold=_source),
     Fit(engine="", trait="HOST_NORM", values=(1.5, 2.0, 2.5, 3.0, 4.0, 6.0),
         rows="vTrain single-node, 12 and 24 layers", selects=_single_node_vtrain, fold=_vtrain_shape),
     Fit(engine="megatron-deepspeed", trait="host_launch_s", values=(60e-6, 70e-6, 75e-6, 80e-6, 85e-6, 90e-6),
