@@ -21,7 +21,7 @@ class Option:
 
     name: str
     used: Callable[[PlanSpec], bool]
-    reason: str = _NOT_YET
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="zb_v", used=lambda s: s.schedule is ScheduleKind.ZB_V),
     Option(name="ulysses", used=lambda s: s.ulysses > 1),
     Option(name="ring", used=lambda s: s.ring > 1),
-    Option(name="ep", used=lambda s: s.ep > 1),
+    Option(name="ep", used=lambda s: s.ep > 1, reason=_NOT_YET),
     Option(name="selective", used=lambda s: any(x.recompute == "selective" for x in s.layers)),
     Option(name="full", used=lambda s: any(x.recompute == "full" for x in s.layers)),
     Option(name="offload_optimizer", used=lambda s: s.offload_optimizer),

@@ -1,0 +1,167 @@
+"""Parallel: a model under a plan on one rank; forward of its stages, gradients of a step, the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from planner.costmodel.graph import ModelGraph
+from planner.costmodel.strategy import PlanSpec
+from planner.runtime import zero
+from planner.runtime.chain import Chain, StageDone
+from planner.runtime.errors import RuntimePlanError
+from planner.runtime.layers import mark_parameters
+from planner.runtime.mesh import Mesh
+from planner.runtime.optimizer import Owned, ShardedAdamW
+from planner.runtime.rules import ShardMode
+from planner.runtime.sharded import SEQ, Context, Cut, Sharded, Split, take, wrap
+
+IGNORE_INDEX = -100
+Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+def next_token_loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of the cross-entropy of an output's logits; labels are already shifted."""
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point())
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Loss per token of the whole batch, the gradient's norm before clipping, and the tokens."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class Parallel:
+    """A model under a plan on this rank."""
+
+    model: nn.Module
+    spec: PlanSpec
+    graph: ModelGraph
+    mesh: Mesh
+    ctx: Context
+    chain: Chain
+    cuts: dict[str, Cut]
+    loss: Loss
+    device: torch.device
+    input_name: str
+    original: Callable[..., Any]  # the model's own forward
+    full_shapes: dict[str, tuple[int, ...]]
+    owned: list[Owned] = field(default_factory=list)
+    slots: list[tuple[nn.Module, str, Cut]] = field(default_factory=list)
+    places: list[tuple[nn.Module, str, str]] = field(default_factory=list)  # slot -> name
+    schedule: Any = None
+    optimizer: ShardedAdamW | None = None
+    scale: int = 1  # tokens of the batch that the pipeline is working on
+
+    @property
+    def uses_rules(self) -> bool:
+        """Whether tensors are cut inside the model (TP or context parallelism)."""
+        return self.spec.tp > 1 or self.spec.cp > 1
+
+    def expert_offset(self, item: Owned) -> int:
+        """First expert of this rank in a parameter that stacks experts; 0 for any other."""
+        return 0
+
+    # ---- one micro-batch
+
+    def shard_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids or labels (micro-batch, sequence) as the model sees them."""
+        axis = self.ctx.seq_axis
+        if not axis:
+            return tokens
+        split = Split(1, axis, self.ctx.units(axis))
+        wide = take(tokens, 1, Split(1, SEQ, self.ctx.units(SEQ)), self.ctx) if self.spec.cp > 1 else tokens
+        return Sharded(take(tokens, 1, split, self.ctx), (split,), self.ctx, wide)
+
+    def run(
+        self, stage: int, received: torch.Tensor | None, tokens: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Forward of a virtual stage: its local output activation, or on the last one the loss's token sum."""
+        return self.model(stage, received, tokens, labels)
+
+    def _forward(
+        self, stage: int, received: torch.Tensor | None, tokens: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the model's forward is replaced by: plain local tensors at its edge, for FSDP's hooks."""
+        first, last = self.spec.stage_layers[stage]
+        whole = received
+        if received is not None:
+            shape = self.chain.shapes[first - 1]
+            whole = wrap(received, self.ctx.residual(shape.size), self.ctx)
+        self.ctx.skip_embedding = first > 0
+        mark_parameters(self.slots)
+        with ShardMode(self.ctx) if self.uses_rules else nullcontext(), self.chain.only(first, last, whole):
+            try:
+                output = self.original(**{self.input_name: self.shard_tokens(tokens)})
+            except StageDone as done:
+                hidden = done.hidden
+                return hidden.local if isinstance(hidden, Sharded) else hidden
+            assert labels is not None
+            return self.loss(output, self.shard_tokens(labels))
+
+    # ---- one step
+
+    def step(self, tokens: torch.Tensor, labels: torch.Tensor, lr: float | None = None) -> StepResult:
+        """One optimizer step on this rank's sequences, (num_microbatches * micro_batch_size, seq_len) each."""
+        assert self.optimizer is not None
+        total, count = self.backward(tokens, labels)
+        self.optimizer.sync()
+        norm = self.optimizer.step(lr)
+        return StepResult(total, norm, count)
+
+    def backward(self, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+        """Gradients of the mean loss over all tokens of the global batch; (that loss, number of tokens)."""
+        spec, m = self.spec, self.spec.num_microbatches
+        if tokens.shape[0] != m * spec.micro_batch_size or labels.shape != tokens.shape:
+            raise RuntimePlanError(
+                f"a step needs {m} x {spec.micro_batch_size} sequences on this rank, got {tokens.shape[0]} "
+                f"with labels {tuple(labels.shape)}"
+            )
+        counted = (labels != IGNORE_INDEX).sum().to(torch.float64).to(self.device)
+        dist.all_reduce(counted, group=self.mesh.data)
+        count = int(counted.item()) // spec.cp
+        if not count:
+            raise RuntimePlanError("no token of this batch has a label: nothing to learn from")
+        if spec.pp > 1:
+            total = self._pipeline(tokens, labels, count)
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for i, (x, y) in enumerate(zip(tokens.chunk(m), labels.chunk(m), strict=True)):
+                zero.before_backward(self.model, spec, last=i == m - 1)
+                loss = self.run(0, None, x, y) / count
+                total += loss.detach()
+                loss.backward()
+        dist.all_reduce(total, group=self.mesh.data)
+        return float(total), count
+
+    def _pipeline(self, tokens: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+        spec = self.spec
+        zero.before_backward(self.model, spec, last=False)
+        losses: list[torch.Tensor] = []
+        self.scale = count
+        last = spec.rank_of(len(spec.stage_layers) - 1) == self.mesh.position["pp"]
+        target = labels if last else None
+        into = losses if last else None
+        self.schedule.step(tokens=tokens, labels=labels, target=target, losses=into, return_outputs=False)
+        zero.reduce_now(self.model)
+        total = torch.stack([x.detach() for x in losses]).sum().double() if last else torch.zeros(())
+        total = total.to(torch.float64).to(self.device)
+        dist.all_reduce(total, group=self.mesh.pp)
+        return total

@@ -1,0 +1,99 @@
+"""Recomputation of a layer: full or selective, and activations kept in host memory until backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from planner.costmodel.strategy import LayerStrategy
+
+Body = Callable[[list[Any]], Any]
+_KEPT = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "scaled_dot_product", "einsum")
+_COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
+_SMALL_BYTES = 1024  # below this a copy costs more than the memory is worth
+
+
+def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Keep products, attention and communication; redo norms and elementwise ops (engine.selective_recompute)."""
+    name = op.name() if hasattr(op, "name") else str(op)
+    space, _, base = name.partition("::")
+    kept = space in _COLLECTIVES or any(base.lstrip("_").startswith(k) for k in _KEPT)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def strategy_body(body: Body, strategy: LayerStrategy) -> Body:
+    """`body`, a function of a list of tensors and other values, under a layer's strategy."""
+    if strategy.recompute == "full":
+        return partial(_full, body, strategy.offload_activations)
+    if strategy.recompute == "selective":
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        return partial(_selective, body, contexts)
+    return partial(_offloaded, body) if strategy.offload_activations else body
+
+
+def _selective(body: Body, contexts: Any, values: list[Any]) -> Any:
+    return checkpoint(body, values, use_reentrant=False, context_fn=contexts)
+
+
+def _full(body: Body, offload: bool, values: list[Any]) -> Any:
+    if not offload:
+        return checkpoint(body, values, use_reentrant=False)
+    held = _HostInput(values)
+    return checkpoint(lambda: body(held.take()), use_reentrant=False)
+
+
+class _HostInput:
+    """A layer's inputs: themselves in forward, copies brought back from the host when recomputing."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values: list[Any] | None = values
+        self.kept = [_to_host(v) if _floating(v) else v for v in values]
+        self.devices = [v.device if isinstance(v, torch.Tensor) else None for v in values]
+        self.needs = [isinstance(v, torch.Tensor) and v.requires_grad for v in values]
+
+    def take(self) -> list[Any]:
+        if self.values is not None:
+            values, self.values = self.values, None
+            return values
+        back = []
+        for value, device, needs in zip(self.kept, self.devices, self.needs, strict=True):
+            tensor = _from_host(value, device) if isinstance(value, torch.Tensor) else value
+            back.append(tensor.detach().requires_grad_() if needs else tensor)
+        return back
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned where there is a device. The copy runs on the current stream."""
+    if x.device.type == "cpu":
+        return x.detach().clone()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x.detach(), non_blocking=True)
+
+
+def _from_host(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    return x.to(device, non_blocking=True) if device is not None else x
+
+
+def _offloaded(body: Body, values: list[Any]) -> Any:
+    """Run `body` with everything that autograd saves, parameters aside, moved to the host."""
+
+    def pack(x: torch.Tensor) -> Any:
+        base = x._base if x._base is not None else x
+        small = x.numel() * x.element_size() < _SMALL_BYTES
+        if isinstance(base, torch.nn.Parameter) or not x.is_floating_point() or small or x.is_meta:
+            return x
+        return (_to_host(x), x.device)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        return _from_host(*packed) if isinstance(packed, tuple) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return body(values)

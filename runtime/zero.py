@@ -1,0 +1,64 @@
+"""ZeRO 0-3 and hybrid sharding through FSDP2, one setting each.
+
+  0  parameters replicate; gradients are all-reduced with the last micro-batch
+  1  shards live between steps, whole parameters and gradients within one; reduce-scatter with the last micro-batch
+  2  as 1, gradients reduce-scattered in every micro-batch
+  3  as 2, parameters gathered for each layer's forward and backward
+(Rajbhandari et al. 2020, arXiv 1910.02054, sections 5 and 7; Zhao et al. 2023, arXiv 2304.11277.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from planner.costmodel.strategy import PlanSpec
+
+
+def shard(
+    module: nn.Module, mesh: DeviceMesh, spec: PlanSpec, precision: torch.dtype | None, ignored: set[Any]
+) -> None:
+    """Give the parameters of `module` that are not managed yet to FSDP2."""
+    policy = MixedPrecisionPolicy()
+    if precision is not None:
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(
+        module,
+        mesh=mesh if mesh.size(0) > 1 else mesh["shard"],
+        reshard_after_forward=spec.zero_stage == 3,
+        mp_policy=policy,
+        ignored_params=ignored,
+    )
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)  # the loss is already per token of the whole batch: sum, not mean
+
+
+def before_backward(model: nn.Module, spec: PlanSpec, last: bool) -> None:
+    """Say whether the coming backward reduces gradients, and frees gathered parameters."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(spec.zero_stage >= 2 or last)
+        model.set_is_last_backward(last)
+        model.set_reshard_after_backward(spec.zero_stage == 3 or last)
+
+
+def reduce_now(model: nn.Module) -> None:
+    """Reduce the gradients of a whole step at once, after a pipeline schedule that gathered them."""
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_is_last_backward(True)
+    model.set_reshard_after_backward(True)
+    model.set_requires_gradient_sync(True)
+    root = fully_shard.state(model)  # type: ignore[attr-defined]
+    for state in root._state_ctx.all_states:
+        for group in state._fsdp_param_groups:
+            group.post_backward()
+    root._root_post_backward_final_callback()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Part of this rank of a DTensor, or the tensor itself; shares memory with it."""
+    return getattr(tensor, "_local_tensor", tensor)

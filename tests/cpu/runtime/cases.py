@@ -1,0 +1,146 @@
+"""Parity cases: one for each option of the plan space, and combinations drawn from the space that search uses."""
+
+from __future__ import annotations
+
+import functools
+import random
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from planner.costmodel.pipeline import ScheduleKind, torch_problem
+from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
+from planner.profiler.graph_io import encode_graph
+from planner.profiler.trace import trace_model
+from planner.runtime.support import unsupported
+from planner.space import SCHEDULES, Limits, enumerate_cells, layouts
+
+SEQ_LEN, GLOBAL_BATCH, LAYERS = 16, 8, 4
+MODELS = {"llama": 96, "gpt": 96, "odd": 128, "hf_llama": 96, "hf_gpt2": 96, "hf_mixtral": 96, "deepseek": 96}
+
+
+@functools.cache
+def graph_of(model: str):
+    """The traced graph of a model of parity_models.py; Hugging Face's from their config, as a user's are."""
+    here = Path(__file__).with_name("parity_models.py")
+    if not model.startswith("hf_"):
+        return trace_model(f"{here}:{model}", seq_len=SEQ_LEN)
+    import parity_models
+
+    built = getattr(parity_models, model)()
+    built.config.architectures = [type(built).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(built.config.to_json_string(use_diff=False))
+        return trace_model(str(config), seq_len=SEQ_LEN)
+
+
+def spec(*, stages=None, layers=None, recompute="none", offload=False, **options) -> PlanSpec:
+    parts = options.get("pp", 1) * options.get("vpp", 1)
+    stages = stages or tuple((i * LAYERS // parts, (i + 1) * LAYERS // parts) for i in range(parts))
+    layers = layers or (LayerStrategy(recompute=recompute, offload_activations=offload),) * LAYERS
+    options.setdefault("global_batch_size", GLOBAL_BATCH)
+    return PlanSpec(stage_layers=stages, layers=layers, **options)
+
+
+def case(model: str, plan: PlanSpec, folder: Path) -> dict:
+    """What a rank needs to run one case, as JSON."""
+    graph = folder / f"{model}.graph.json"
+    if not graph.exists():
+        graph.write_bytes(encode_graph(graph_of(model)))
+    return {"model": model, "spec": msgspec.to_builtins(plan), "graph": str(graph), "vocab": MODELS[model],
+            "seq_len": SEQ_LEN, "catch": True}  # fmt: skip
+
+
+_SP = {"sequence_parallel": True, "vocab_parallel": True}
+_INTER = {"pp": 2, "vpp": 2, "schedule": ScheduleKind.INTERLEAVED}
+_H1 = {"pp": 2, "schedule": ScheduleKind.ZB_H1}
+_V = {"pp": 2, "vpp": 2, "schedule": ScheduleKind.ZB_V}
+
+# name -> (ranks, model, plan): each option of runtime/support.py alone, on two ranks where two are enough.
+ALONE: dict[str, tuple[int, str, PlanSpec]] = {
+    "dp": (2, "llama", spec(dp_shard=2)),
+    "dp accumulating": (2, "gpt", spec(dp_shard=2, micro_batch_size=2)),
+    "zero1": (2, "llama", spec(dp_shard=2, zero_stage=1)),
+    "zero2": (2, "llama", spec(dp_shard=2, zero_stage=2)),
+    "zero3": (2, "gpt", spec(dp_shard=2, zero_stage=3)),
+    "dp_replicate": (4, "llama", spec(dp_replicate=2, dp_shard=2, zero_stage=3)),
+    "tp": (2, "llama", spec(tp=2)),
+    "tp hand-written": (2, "odd", spec(tp=2)),
+    "tp hf llama": (2, "hf_llama", spec(tp=2)),
+    "tp hf gpt2": (2, "hf_gpt2", spec(tp=2)),
+    "tp of 2 kv heads": (4, "llama", spec(tp=4)),
+    "tp of 2 kv heads, hf": (4, "hf_llama", spec(tp=4, sequence_parallel=True)),
+    "sp": (2, "gpt", spec(tp=2, sequence_parallel=True)),
+    "sp hand-written": (2, "odd", spec(tp=2, sequence_parallel=True)),
+    "vocab_parallel": (2, "llama", spec(tp=2, vocab_parallel=True)),
+    "vocab_parallel tied": (2, "gpt", spec(tp=2, **_SP)),
+    "vocab_parallel hf": (2, "hf_gpt2", spec(tp=2, **_SP)),
+    "pp uneven": (2, "llama", spec(pp=2, stages=((0, 1), (1, 4)))),
+    "pp hand-written": (2, "odd", spec(pp=2)),
+    "pp hf": (2, "hf_llama", spec(pp=2)),
+    "pp tied": (2, "gpt", spec(pp=2)),
+    "pp tied hf": (2, "hf_gpt2", spec(pp=2)),
+    "interleaved": (2, "llama", spec(**_INTER)),
+    "zb_h1": (2, "llama", spec(**_H1)),
+    "zb_v": (2, "gpt", spec(**_V)),
+    "ulysses": (2, "llama", spec(ulysses=2)),
+    "ulysses of 2 kv heads": (4, "hf_llama", spec(ulysses=4)),
+    "ring": (2, "gpt", spec(ring=2)),
+    "ring hf": (2, "hf_llama", spec(ring=2)),
+    "ring and ulysses": (4, "llama", spec(ring=2, ulysses=2)),
+    "full": (2, "llama", spec(dp_shard=2, recompute="full", zero_stage=3)),
+    "selective": (2, "gpt", spec(tp=2, recompute="selective", **_SP)),
+    "offload_activations": (2, "llama", spec(dp_shard=2, offload=True)),
+    "offload_activations of full": (2, "gpt", spec(tp=2, recompute="full", offload=True, **_SP)),
+    "offload_optimizer": (2, "llama", spec(dp_shard=2, zero_stage=1, offload_optimizer=True)),
+}
+
+# Several options at once, chosen for where they meet.
+TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
+    "tp sp zero3 full": (4, "llama", spec(tp=2, dp_shard=2, zero_stage=3, recompute="full", **_SP)),
+    "tp dp selective": (4, "gpt", spec(dp_replicate=2, tp=2, recompute="selective", vocab_parallel=True)),
+    "ring tp sp": (4, "hf_llama", spec(ring=2, tp=2, recompute="full", **_SP)),
+    "ulysses zero3": (4, "hf_gpt2", spec(ulysses=2, dp_shard=2, zero_stage=3)),
+    "zb_v tp sp tied": (4, "gpt", spec(tp=2, **_V, **_SP)),
+    "zb_h1 tp full": (4, "hf_llama", spec(tp=2, recompute="full", **_H1, **_SP)),
+    "interleaved ring zero1": (4, "llama", spec(ring=2, zero_stage=1, **_INTER)),
+    "interleaved zero3": (4, "llama", spec(dp_shard=2, zero_stage=3, **_INTER)),
+    "zb_v zero1": (4, "llama", spec(dp_shard=2, zero_stage=1, **_V)),
+    "1f1b zero2 mixed layers": (4, "llama", spec(pp=2, dp_shard=2, zero_stage=2, layers=(
+        LayerStrategy(recompute="full"), LayerStrategy(recompute="none", offload_activations=True),
+        LayerStrategy(recompute="selective"), LayerStrategy(recompute="full", offload_activations=True)))),
+    "everything": (8, "llama", spec(pp=2, tp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP)),
+}  # fmt: skip
+
+
+def drawn(model: str, ranks: int, count: int, seed: int) -> list[tuple[str, PlanSpec]]:
+    """`count` plans that run, drawn from the cells and layouts that search enumerates."""
+    graph = graph_of(model)
+    cells = enumerate_cells(graph, ranks, GLOBAL_BATCH, Limits())
+    dice = random.Random(seed)
+    found: list[tuple[str, PlanSpec]] = []
+    while len(found) < count:
+        i = dice.randrange(len(cells))
+        c = {n: int(getattr(cells, n)[i]) for n in cells.__slots__}
+        options = layouts(c["dp"], c["ulysses"] * c["ring"], c["ep"], Limits())
+        replicate, shard, zero, offload = (int(x) for x in dice.choice(list(options)))
+        kind = SCHEDULES[c["schedule"]]
+        plan = spec(
+            tp=c["tp"], sequence_parallel=bool(c["sp"]), vocab_parallel=bool(c["vocab_parallel"]),
+            ulysses=c["ulysses"], ring=c["ring"], ep=c["ep"], micro_batch_size=c["micro_batch_size"], pp=c["pp"],
+            vpp=c["vpp"], schedule=kind, dp_replicate=replicate, dp_shard=shard, zero_stage=zero,
+            offload_optimizer=bool(offload), layers=tuple(dice.choice(STRATEGIES) for _ in range(LAYERS)),
+        )  # fmt: skip
+        if unsupported(plan) or torch_problem(kind, plan.pp, plan.num_microbatches):
+            continue
+        found.append((describe(plan), plan))
+    return found
+
+
+def describe(plan: PlanSpec) -> str:
+    """The plan's options that differ from the default, in one line."""
+    shown = {k: v for k, v in msgspec.to_builtins(plan).items() if k not in ("stage_layers", "layers")}
+    plain = {k: v for k, v in msgspec.to_builtins(spec()).items()}
+    return " ".join(f"{k}={v}" for k, v in shown.items() if v != plain[k])

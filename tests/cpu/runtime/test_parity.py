@@ -1,0 +1,62 @@
+"""Every plan gives the losses, gradients and parameters of one process, in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import ALONE, TOGETHER, case, drawn  # noqa: E402
+from worlds import run_world  # noqa: E402
+
+from planner.runtime.support import OPTIONS  # noqa: E402
+
+LIMIT = 1e-9  # relative to the largest element of a tensor, after three steps
+
+
+def check(ranks: int, named: list[tuple[str, str, object]], folder: Path) -> None:
+    """Run the cases in one world of `ranks`; AssertionError names every case that differs and by how much."""
+    found = run_world(ranks, "parity_rank.run", [case(model, plan, folder) for _, model, plan in named], 500.0)
+    wrong = []
+    for i, (name, _, _) in enumerate(named):
+        results = [rank[i] for rank in found]
+        failed = next((r for r in results if "error" in r), None)
+        if failed is not None:
+            wrong.append(f"{name}: {failed['error']}\n{failed['trace']}")
+            continue
+        first = results[0]
+        worst = max(first["loss"], first["norm"], first["grads"][1], first["params"][1])
+        if not worst <= LIMIT:
+            wrong.append(f"{name}: {first}")
+        if first["gathered"]:
+            wrong.append(f"{name}: ops without a rule ran on gathered tensors: {first['gathered']}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_option_alone(ranks: int, tmp_path: Path) -> None:
+    """One case an option, more where models differ."""
+    named = [(name, model, plan) for name, (n, model, plan) in ALONE.items() if n == ranks]
+    check(ranks, named, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_options_together(ranks: int, tmp_path: Path) -> None:
+    """Where mechanisms meet."""
+    named = [(name, model, plan) for name, (n, model, plan) in TOGETHER.items() if n == ranks]
+    check(ranks, named, tmp_path)
+
+
+@pytest.mark.parametrize(("model", "ranks", "count"), [("llama", 4, 10), ("gpt", 4, 6), ("llama", 8, 8)])
+def test_plans_of_the_space(model: str, ranks: int, count: int, tmp_path: Path) -> None:
+    """Plans drawn from what search enumerates, with a random strategy for every layer."""
+    check(ranks, [(name, model, plan) for name, plan in drawn(model, ranks, count, seed=ranks)], tmp_path)
+
+
+def test_every_executable_option_has_a_case() -> None:
+    """A new option without a parity case fails here."""
+    used = {o.name for o in OPTIONS for _, _, plan in (*ALONE.values(), *TOGETHER.values()) if o.used(plan)}
+    assert {o.name for o in OPTIONS if not o.reason} <= used
