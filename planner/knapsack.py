@@ -8,7 +8,7 @@ at most one layer gives a feasible choice (multiple-choice knapsack, Sinha and Z
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import comb, prod
@@ -80,6 +80,8 @@ def solve(u: IntArray, options: Options, flight: Array, budget: Array, host_budg
         return Choice(
             extra_s=nothing, lower_s=nothing, counts=np.zeros((len(flight), *options.extra_s.shape), np.int64)
         )
+    # Strategies that are not allowed get no layers; infinite seconds times none would be no number.
+    options = replace(options, extra_s=np.where(np.isfinite(options.extra_s), options.extra_s, 0.0))
     # Everything fits with the fastest choice of each class: the common case, answered at once.
     fastest = _fastest(u, options, kept, flight, budget, host_budget)
     if fastest is not None:

@@ -76,7 +76,7 @@ def strategy_uses(strategy: LayerStrategy) -> frozenset[str]:
 def uses(cells: Cells, at: IntArray, layout: IntArray) -> dict[str, NDArray[np.bool_]]:
     """Which candidates (cell `at`, state layout) use each option, arrays (K,)."""
     replicate, _, zero, offload = layout.T
-    kinds = {SCHEDULES[i].value: cells.schedule[at] == i for i in range(1, len(SCHEDULES))}
+    kinds = {SCHEDULES[i].value: cells.schedule[at] == i for i in range(len(SCHEDULES))}
     return kinds | {
         "tp": cells.tp[at] > 1, "sp": cells.sp[at] > 0, "vocab_parallel": cells.vocab_parallel[at] > 0,
         "ulysses": cells.ulysses[at] > 1, "ring": cells.ring[at] > 1, "ep": cells.ep[at] > 1, "pp": cells.pp[at] > 1,
@@ -145,7 +145,7 @@ def _tp_degrees(graph: ModelGraph, shape: _Shape, num_gpus: int, limits: Limits)
 
 def _filter(option: str, values: list[int], limits: Limits) -> list[int]:
     if option in limits.forbidden:
-        values = [v for v in values if v <= 1]
+        values = [v for v in values if v == min(values)]  # degree 1, or off
     return [v for v in values if limits.allows(option, v)]
 
 

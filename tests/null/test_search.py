@@ -22,13 +22,13 @@ from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import Machine
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
 from planner.reports.shapes import Shape, build_graph
-from planner.search import SearchOptions, SearchResult, search
-from planner.space import Limits
+from planner.search import Progress, SearchOptions, SearchResult, search
+from planner.space import Limits, strategy_uses
 
 DENSE = Shape(
-    num_layers=4, hidden=2048, ffn=8192, heads=4, kv_heads=2, head_dim=512, vocab=32_000, seq_len=2048, gated=True,
+    num_layers=4, hidden=1024, ffn=4096, heads=4, kv_heads=2, head_dim=256, vocab=2048, seq_len=16_384, gated=True,
     tied=False, rotary=True,
-)  # fmt: skip
+)  # fmt: skip  (activations outweigh the states, so that recomputation has a point)
 PLAIN = STRATEGIES[:3]  # without offload
 EXACT = SearchOptions(gap_frac=0.0, top=1, memory_margin_frac=0.0)
 
@@ -42,7 +42,7 @@ def dense_graph(num_layers: int = 4) -> ModelGraph:
 def mixed_graph() -> ModelGraph:
     """Two kinds of layers in turn: 2 dense, then 2 MoE."""
     dense = dense_graph()
-    moe = build_graph(replace(DENSE, ffn=2048, num_experts=4, top_k=2))
+    moe = build_graph(replace(DENSE, ffn=1024, num_experts=4, top_k=2))
     runs = (
         LayerRun(layer_class=0, count=2, paths=("a.0", "a.1")),
         LayerRun(layer_class=1, count=2, paths=("b.0", "b.1")),
@@ -129,9 +129,10 @@ def plans(
 ) -> Iterator[PlanSpec]:
     """Every plan; equal layers of a rank are interchangeable, so strategies are taken in sorted order there."""
     for mesh in meshes(graph, num_gpus, batch):
-        if not all(str(getattr(mesh, n, None)) == str(v) for n, v in limits.fixed.items() if hasattr(mesh, n)):
+        names = {"sp": "sequence_parallel", "zero": "zero_stage"}
+        if any(getattr(mesh, names.get(n, n)) != v for n, v in limits.fixed.items()):
             continue
-        if mesh.zero_stage not in limits.zero_stages or "offload_optimizer" in limits.forbidden and mesh.offload_optimizer:
+        if "offload_optimizer" in limits.forbidden and mesh.offload_optimizer:
             continue
         for spec in partitions(mesh, graph):
             groups: dict[tuple[int, int], list[int]] = {}
@@ -179,29 +180,38 @@ class Case:
     forbidden: tuple[str, ...] = ()
     offload: bool = False
     host_gb: float = 1e6
+    binds: bool = False  # whether memory keeps the plan from being the one that it would be with room
 
 
 NO_OPTIMIZER = ("offload_optimizer",)
 CASES = [
-    Case(graph="dense", gpus=4, batch=4, memory_gb=80, forbidden=NO_OPTIMIZER, fixed=(("pp", 2), ("micro_batch_size", 1))),
-    Case(graph="dense", gpus=4, batch=8, memory_gb=7.0, forbidden=NO_OPTIMIZER, fixed=(("pp", 2), ("tp", 1), ("ring", 1))),
-    Case(graph="dense", gpus=4, batch=8, memory_gb=4.5, forbidden=NO_OPTIMIZER, fixed=(("pp", 2), ("tp", 2))),
-    Case(graph="dense", gpus=4, batch=4, memory_gb=5.0, fixed=(("pp", 1), ("tp", 2))),
-    Case(graph="dense", gpus=2, batch=4, memory_gb=8.0, fixed=(("pp", 2), ("micro_batch_size", 1)), offload=True,
-         host_gb=12.0),
-    Case(graph="dense", gpus=8, batch=8, memory_gb=6.0, forbidden=NO_OPTIMIZER, fixed=(("pp", 4), ("tp", 1), ("ulysses", 1))),
+    Case(graph="dense", gpus=4, batch=4, memory_gb=80, forbidden=NO_OPTIMIZER,
+         fixed=(("pp", 2), ("micro_batch_size", 1))),
+    Case(graph="dense", gpus=4, batch=8, memory_gb=1.6, forbidden=NO_OPTIMIZER, binds=True,
+         fixed=(("pp", 2), ("tp", 1), ("ring", 1), ("zero_stage", 1))),
+    Case(graph="dense", gpus=4, batch=8, memory_gb=1.3, forbidden=NO_OPTIMIZER, binds=True,
+         fixed=(("pp", 2), ("tp", 2), ("sp", 1))),
+    Case(graph="dense", gpus=4, batch=4, memory_gb=0.7, fixed=(("pp", 1), ("tp", 2)), binds=True),
+    Case(graph="dense", gpus=2, batch=4, memory_gb=2.5, fixed=(("pp", 2), ("micro_batch_size", 1), ("zero_stage", 0)),
+         offload=True, host_gb=0.4, binds=True),
+    Case(graph="dense", gpus=8, batch=8, memory_gb=1.0, forbidden=NO_OPTIMIZER, binds=True,
+         fixed=(("pp", 4), ("tp", 1), ("ulysses", 1), ("zero_stage", 1))),
+    Case(graph="deep", gpus=16, batch=16, memory_gb=1.3, forbidden=NO_OPTIMIZER, binds=True,
+         fixed=(("pp", 4), ("tp", 2), ("cp", 1), ("micro_batch_size", 1), ("sp", 1), ("vocab_parallel", 1),
+                ("schedule", "1f1b"), ("zero_stage", 1))),
     Case(graph="mixed", gpus=4, batch=4, memory_gb=80, forbidden=NO_OPTIMIZER,
-         fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("ep", 2))),
-    Case(graph="mixed", gpus=4, batch=8, memory_gb=9.0, forbidden=NO_OPTIMIZER,
-         fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("ulysses", 1), ("ep", 2))),
+         fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("ep", 2), ("ring", 1), ("zero_stage", 1))),
+    Case(graph="mixed", gpus=4, batch=8, memory_gb=1.6, forbidden=NO_OPTIMIZER, binds=True,
+         fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("cp", 1), ("ep", 2))),
 ]  # fmt: skip
 
 
 def run(case: Case, options: SearchOptions = EXACT) -> tuple[ModelGraph, Machine, Limits, SearchResult]:
-    graph = dense_graph() if case.graph == "dense" else mixed_graph()
+    graph = {"dense": dense_graph(), "deep": dense_graph(6), "mixed": mixed_graph()}[case.graph]
     machine = small_machine(graph, case.gpus, case.memory_gb * 1e9, case.host_gb * 1e9)
     forbidden = frozenset(case.forbidden) | (frozenset() if case.offload else {"offload_activations"})
-    limits = Limits(fixed=dict(case.fixed), forbidden=forbidden)
+    fixed = {("zero" if name == "zero_stage" else name): value for name, value in case.fixed}
+    limits = Limits(fixed=fixed, forbidden=forbidden)
     return graph, machine, limits, search(graph, machine, case.batch, limits, options)
 
 
@@ -214,3 +224,129 @@ def test_search_equals_brute_force(case: Case) -> None:
     assert result.plans[0].step_s == pytest.approx(best, rel=1e-9)
     assert result.lower_bound_s <= best * (1 + 1e-9)
     assert result.lower_bound_s == pytest.approx(best, rel=1e-6)
+    *_, roomy = run(replace(case, memory_gb=1e3, host_gb=1e6))
+    assert (roomy.plans[0].step_s < best * (1 - 1e-6)) == case.binds
+
+
+WIDE = Case(graph="dense", gpus=8, batch=16, memory_gb=1.2)
+
+
+def best_s(machine: Machine, graph: ModelGraph | None = None, batch: int = 16, gap_frac: float = 0.0) -> float:
+    options = replace(EXACT, gap_frac=gap_frac)
+    return search(graph or dense_graph(), machine, batch, Limits(), options).plans[0].step_s
+
+
+def test_the_gap_is_kept() -> None:
+    """A search that may stop early never claims more than the exhausted one proves."""
+    *_, exact = run(WIDE)
+    for gap in (0.01, 0.05, 0.2):
+        *_, early = run(WIDE, replace(EXACT, gap_frac=gap))
+        assert early.lower_bound_s <= exact.plans[0].step_s * (1 + 1e-9)
+        assert early.plans[0].step_s >= exact.plans[0].step_s * (1 - 1e-9)
+        assert 1 - early.lower_bound_s / early.plans[0].step_s <= gap + 1e-9
+        assert early.gap_frac == pytest.approx(1 - early.lower_bound_s / early.plans[0].step_s)
+
+
+def test_every_candidate_is_accounted_for() -> None:
+    *_, result = run(WIDE)
+    assert result.ledger["open"] == 0
+    assert sum(result.ledger.values()) == result.num_candidates
+    assert min(result.ledger.values()) >= 0
+
+
+def test_a_faster_machine_is_never_slower_at_the_optimum() -> None:
+    graph = dense_graph()
+    machine = small_machine(graph, 8, 1.2e9)
+    cluster = machine.cluster
+    rates = {k: replace(q, value=2 * q.value) for k, q in cluster.device.peak_flops_per_s.items()}
+    faster = replace(machine, cluster=replace(cluster, device=replace(cluster.device, peak_flops_per_s=rates)))
+    tiers = tuple(
+        replace(t, bandwidth_bytes_per_s=replace(t.bandwidth_bytes_per_s, value=2 * t.bandwidth_bytes_per_s.value))
+        for t in cluster.tiers
+    )
+    wider = replace(machine, cluster=replace(cluster, tiers=tiers))
+    roomier = small_machine(graph, 8, 2.4e9)
+    base = best_s(machine)
+    assert best_s(faster) < base
+    assert best_s(wider) <= base * (1 + 1e-12)
+    assert best_s(roomier) <= base * (1 + 1e-12)
+
+
+def test_equal_layers_in_other_runs_give_the_same_plan() -> None:
+    graph = dense_graph()
+    run_ = graph.runs[0]
+    split = (replace(run_, count=1, paths=run_.paths[:1]), replace(run_, count=3, paths=run_.paths[1:]))
+    other = replace(graph, runs=split)
+    first, second = (
+        search(g, small_machine(g, 8, 1.2e9), 16, Limits(), EXACT).plans[0].spec for g in (graph, other)
+    )
+    assert first == second
+
+
+def test_doubling_gpus_never_lowers_the_proved_throughput() -> None:
+    graph, gap = dense_graph(), 0.01
+    times = [best_s(small_machine(graph, n, 2e9), graph, 16, gap) for n in (2, 4, 8, 16)]
+    for half, whole in zip(times, times[1:], strict=False):
+        assert whole <= half * (1 + gap)
+
+
+def test_an_infeasible_model_says_by_how_much() -> None:
+    graph = dense_graph()
+    result = search(graph, small_machine(graph, 2, 0.1e9, 1e9), 4, Limits(), EXACT)
+    assert result.stop_reason == "infeasible" and not result.plans
+    assert result.shortfall_bytes is not None and 0 < result.shortfall_bytes < 20e9
+
+
+def test_an_empty_space_is_infeasible() -> None:
+    graph = dense_graph()
+    result = search(graph, small_machine(graph, 8, 80e9), 7, Limits(fixed={"pp": 8}), EXACT)
+    assert result.stop_reason == "infeasible" and result.num_candidates == 0
+
+
+def test_a_time_limit_leaves_an_honest_gap() -> None:
+    graph = dense_graph()
+    ticks = iter(range(10**6))
+    machine = small_machine(graph, 8, 1.2e9)
+    late = search(graph, machine, 16, Limits(), replace(EXACT, time_limit_s=1.5), clock=lambda: float(next(ticks)))
+    assert late.stop_reason == "time_limit"
+    assert late.ledger["open"] > 0
+    assert late.lower_bound_s <= best_s(machine) * (1 + 1e-9)
+
+
+def test_an_interrupted_search_returns_what_it_has() -> None:
+    graph = dense_graph()
+
+    def stop(progress: Progress) -> None:
+        if progress.best_s is not None:
+            raise KeyboardInterrupt
+
+    result = search(graph, small_machine(graph, 8, 1.2e9), 16, Limits(), EXACT, on_progress=stop)
+    assert result.stop_reason == "interrupted"
+    assert result.plans and result.lower_bound_s <= result.plans[0].step_s
+
+
+def test_limits_are_kept() -> None:
+    graph = dense_graph()
+    machine = small_machine(graph, 8, 1.2e9)
+    fixed: dict[str, int | str] = {"tp": 2, "pp": 2, "zero": 1, "schedule": "1f1b", "recompute": "full"}
+    spec = search(graph, machine, 16, Limits(fixed=fixed), EXACT).plans[0].spec
+    assert (spec.tp, spec.pp, spec.zero_stage, spec.schedule) == (2, 2, 1, ScheduleKind.ONE_F_ONE_B)
+    assert {layer.recompute for layer in spec.layers} == {"full"}
+    forbidden = frozenset({"tp", "cp", "recompute", "offload"})
+    spec = search(graph, small_machine(graph, 8, 8e9), 16, Limits(forbidden=forbidden), EXACT).plans[0].spec
+    assert (spec.tp, spec.cp, spec.offload_optimizer) == (1, 1, False)
+    assert set(spec.layers) == {LayerStrategy(recompute="none")}
+
+
+def test_combinations_are_kept_apart() -> None:
+    graph = dense_graph()
+    machine = small_machine(graph, 4, 1.6e9)
+    fixed: dict[str, int | str] = {"pp": 2, "tp": 1, "cp": 1}
+    free = search(graph, machine, 8, Limits(fixed=fixed), EXACT).plans[0]
+    used = {name for layer in free.spec.layers for name in strategy_uses(layer)} | {free.spec.schedule.value}
+    apart = tuple(frozenset({kind, free.spec.schedule.value}) for kind in used & {"selective", "full"})
+    assert apart
+    other = search(graph, machine, 8, Limits(fixed=fixed, combinations=apart), EXACT).plans[0]
+    assert other.step_s >= free.step_s
+    names = {name for layer in other.spec.layers for name in strategy_uses(layer)} | {other.spec.schedule.value}
+    assert not any(pair <= names for pair in apart)
