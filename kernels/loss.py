@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 from torch.distributed.tensor import Shard
 
-from planner.kernels.op import Work, define, lazily, nbytes, precise, streamed
+from planner.kernels.op import Work, define, lazily, like, nbytes, precise, streamed
 
 IGNORE_INDEX = -100
 
@@ -71,7 +71,7 @@ ce_stats = define(
     "ce_stats", _stats, fake=_stats_fake, work=_stats_work, sharding=_by_rows, kernels={"ours": lazily("triton_ce", "stats")}
 )
 ce_grad = define(
-    "ce_grad", _grad, fake=lambda logits, *rest: torch.empty_like(logits), work=_grad_work, sharding=_by_rows,
+    "ce_grad", _grad, fake=lambda logits, *rest: like(logits), work=_grad_work, sharding=_by_rows,
     kernels={"ours": lazily("triton_ce", "grad")},
 )  # fmt: skip
 ce_grad_ = define(

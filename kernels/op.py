@@ -67,6 +67,15 @@ def precise(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised contiguous tensor of the shape of `x`: what every op returns, whatever its inputs' strides."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def lazily(module: str, name: str) -> Callable[..., Any]:
     """The function `name` of planner.kernels.`module`, imported at its first call (Triton is optional)."""
 
@@ -94,7 +103,8 @@ def define(
 
     def run(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        return implementations[dispatch.choice(name, device)](*args)
+        out = implementations[dispatch.choice(name, device)](*args)
+        return tuple(map(_contiguous, out)) if isinstance(out, tuple) else _contiguous(out)
 
     schema = torch.library.infer_schema(reference, mutates_args=mutates)
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", run, mutates_args=mutates, schema=schema)

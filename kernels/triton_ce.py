@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from planner.kernels.op import like
+
 _MAX_BLOCK = 4096
 
 
@@ -76,7 +78,7 @@ def grad(
 ) -> torch.Tensor:
     """ce_grad into a new tensor."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    out = torch.empty_like(logits)
+    out = like(logits)
     _launch_grad(logits, out, target, lse.contiguous(), scale.contiguous(), vocab_start)
     return out
 

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here and prints what came out as JSON.
 
 Run in a process of its own, without TRITON_INTERPRET: `python compile_gate.py`. Per kernel and architecture: registers
-per thread, spilled bytes, shared memory, 128-bit global loads and matrix instructions, read from ptxas and from SASS.
+per thread, bytes of stack (where spilled registers go), shared memory, 128-bit global loads and matrix instructions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
@@ -44,6 +43,31 @@ CASES = {
         module="triton_ce", kernel="grad_kernel", types="*bf16 *bf16 *i64 *fp32 *fp32 i32 i32 i32 i32",
         constants={"BLOCK": 4096},
     ),
+    "rms_norm": Case(
+        module="triton_norm", kernel="forward_kernel", types="*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 fp32",
+        constants={"ADD": False, "ROWS": 1, "BLOCK": 4096},
+    ),
+    "add_rms_norm": Case(
+        module="triton_norm", kernel="forward_kernel", types="*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 fp32",
+        constants={"ADD": True, "ROWS": 1, "BLOCK": 8192},
+    ),
+    "rms_norm_backward": Case(
+        module="triton_norm", kernel="backward_kernel",
+        types="*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *fp32 i32 i32",
+        constants={"ADD": True, "ROWS": 1, "BLOCK": 4096},
+    ),
+    "swiglu": Case(
+        module="triton_pointwise", kernel="swiglu_kernel", types="*bf16 *bf16 *bf16 i32 i32 i32",
+        constants={"BLOCK": 2048},
+    ),
+    "swiglu_backward": Case(
+        module="triton_pointwise", kernel="swiglu_backward_kernel",
+        types="*bf16 *bf16 *bf16 *bf16 *bf16 i32 i32 i32 i32", constants={"BLOCK": 2048},
+    ),
+    "rope": Case(
+        module="triton_pointwise", kernel="rope_kernel", types="*bf16 *fp32 *fp32 *bf16 i32 i32 i32 i32",
+        constants={"BACK": False, "HEADS": 32, "HALF": 64}, num_warps=4,
+    ),
 }  # fmt: skip
 
 
@@ -57,30 +81,26 @@ def compile_case(case: Case, arch: int) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=signature, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {**_resources(built.asm["ptx"], arch), **_instructions(built.asm["cubin"]), "shared": built.metadata.shared}
+    return {**_inspect(built.asm["cubin"]), "shared": built.metadata.shared}
 
 
-def _resources(ptx: str, arch: int) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={ARCHITECTURES[arch]}", file.name, "-o", "/dev/null"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    numbers = {"registers": r"Used (\d+) registers", "stored": r"(\d+) bytes spill stores", "loaded": r"(\d+) bytes spill loads"}
-    found = {name: int(re.search(pattern, text).group(1)) for name, pattern in numbers.items()}
-    return {"registers": found["registers"], "spills": found["stored"] + found["loaded"]}
-
-
-def _instructions(cubin: bytes) -> dict[str, int]:
+def _inspect(cubin: bytes) -> dict[str, int]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        sass = _output(tools / "nvdisasm", "-c", file.name)
     return {
-        "vector_loads": len(re.findall(r"LDG\.E\.\S*128|LDG\.E\.128|LDGSTS\.E\.\S*128|UTMALDG", sass)),
-        "matrix": len(re.findall(r"\bHMMA|\bHGMMA|\bUTCHMMA|\bUTCMMA|\bOMMA|\bQMMA|\bIMMA|\bUTC\w*MMA", sass)),
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "vector_loads": len(re.findall(r"LDG\.E\.\S*128|LDGSTS\.E\.\S*128|UTMALDG", sass)),
+        "matrix": len(re.findall(r"\bHMMA|\bHGMMA|\bUTC\w*MMA", sass)),
     }
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
