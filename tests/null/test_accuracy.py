@@ -14,6 +14,7 @@ from planner.reports import accuracy, gate, metrics
 from planner.reports.accuracy import HERE, PUBLISHED, SHARED_RUNS, Result, evaluate
 from planner.reports.memory_facts import memory_facts
 from planner.reports.metrics import errors, spearman
+from planner.reports.write import searched_step_s
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,12 @@ def test_megatron_and_korthikanti_step_times_are_within_15_per_cent_on_average(p
     rows = [p for p in published.predictions if p.row.source.startswith(("Megatron SC21", "Korthikanti"))]
     assert len(rows) == 25
     assert metrics.time_errors(rows)["mape"] < 0.15
+
+
+@pytest.mark.parametrize("row_id", ["SC21-0004", "SC21-0006", "KORTH-0002", "KORTH-0004"])
+def test_searched_plan_is_predicted_no_slower_than_the_published_one(published: Result, row_id: str) -> None:
+    row = next(p for p in published.predictions if p.row.id == row_id)
+    assert searched_step_s(row.case) <= row.step_s
 
 
 def test_memory_constants_of_korthikanti_come_out() -> None:
