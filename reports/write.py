@@ -190,7 +190,8 @@ def _memory(p: Sequence[Prediction]) -> list[str]:
     why = ("nanotron's rows do not say whether the inputs of column-parallel linears are kept or gathered again in "
            "backward (`tp_recompute_allgather`). Both occur: at tp 32 one plan holds 62.9 GiB with micro-batches of 32 "
            "and 46.0 with 64. The ledger keeps them, which is right up to tp 8. Small micro-batches peak in the "
-           "optimizer step, whose temporaries the ledger lacks. BLOOM's figures are nvidia-smi's, cache included.")  # fmt: skip
+           "optimizer step, whose temporaries the ledger lacks. BLOOM's figures are nvidia-smi's, cache "
+           "included.")  # fmt: skip
     return [*_table(["rows", "number", "MAPE", "median", "bias"], rows), "", why]
 
 
