@@ -84,7 +84,8 @@ def group_params(
             names=tuple(sorted(owned[name] for name in members)),
             trainable=trainable,
         )
-        for (cut, routed, trainable), members in groups.items()
+        # `owned` comes out of sets: sorted, so that a model has one graph whatever the process hashes to.
+        for (cut, routed, trainable), members in sorted(groups.items(), key=lambda group: min(group[1]))
     )
 
 

@@ -57,6 +57,17 @@ def test_from_a_model_file_to_a_checked_plan(tmp_path: Path) -> None:
     assert stale.returncode == 4 and "search again" in stale.stderr and len(stale.stderr.splitlines()) == 1
 
 
+def test_a_model_has_one_plan_file_whatever_the_process_hashes_to(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    found = []
+    for seed in ("1", "2", "3"):
+        args = ["search", "model.py", "--gpus", "8", "-o", f"{seed}.json", "--quiet"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([*COMMAND, *args], cwd=tmp_path, env=environment, timeout=120, check=True, capture_output=True)
+        found.append((tmp_path / f"{seed}.json").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
 BAD = {
     "does not import": ("import no_such_package\n", "no_such_package"),
     "no model": ("x = 1\n", "build_model"),
