@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,12 @@ def test_published_table_passes_its_gate(published: Result) -> None:
 
 
 @pytest.mark.skipif(not SHARED_RUNS.is_file(), reason="the full set of runs is not checked out beside the project")
-def test_full_set_passes_its_gate_within_a_minute() -> None:
+def test_full_set_passes_its_gate_within_a_cpu_minute() -> None:
+    started = time.process_time()  # not the wall clock: other work on the machine is no regression
     result = evaluate(SHARED_RUNS)
     baseline = json.loads((HERE / "baseline.json").read_text())
     assert gate.regressions(result.score, baseline) == []
-    assert result.elapsed_s < 60
+    assert time.process_time() - started < 60
 
 
 def worse(score: dict[str, Any], part: str, measure: str, figure: str, value: Any) -> dict[str, Any]:
