@@ -101,8 +101,8 @@ def markdown(results: dict[str, list[Run]], machine: str) -> str:
         "",
         f"Machine: {machine}; {repeats} runs a case.",
         "",
-        "| case | wall s | target s | CPU s | search s | target s | peak GiB | candidates | gap | stopped by | step s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
+        "| case | wall s | target s | CPU s | search s | target s | peak GiB | candidates | gap | step s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case in CASES:
         runs = results[case.name]
@@ -112,7 +112,7 @@ def markdown(results: dict[str, list[Run]], machine: str) -> str:
         targets = [f"{t:g}" if t else "–" for t in (case.target_s, case.target_search_s)]
         lines.append(
             f"| {case.name} | {wall:.1f} | {targets[0]} | {cpu:.1f} | {search:.2f} | {targets[1]} | {peak:.2f} | "
-            f"{first.num_candidates:,} | {first.gap_frac:.2%} | {first.stop_reason} | {first.step_s:.3f} |"
+            f"{first.num_candidates:,} | {first.gap_frac:.2%} | {first.step_s:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
