@@ -35,15 +35,7 @@ class Given:
 
 def given_spec(given: Given, graph: ModelGraph, num_gpus: int, global_batch_size: int) -> PlanSpec:
     """The plan that `given` describes. UserError with the equation that does not come out even."""
-    others = given.tp * given.pp * given.ulysses * given.ring
-    if num_gpus % others:
-        raise UserError(
-            f"{num_gpus} GPUs are not a multiple of tp x pp x ulysses x ring = {given.tp} x {given.pp} x "
-            f"{given.ulysses} x {given.ring} = {others}"
-        )
-    dp = num_gpus // others
-    if dp % given.dp_replicate:
-        raise UserError(f"dp = {dp} is not a multiple of dp_replicate = {given.dp_replicate}")
+    dp = _data_ranks(given, num_gpus)
     if global_batch_size % (dp * given.micro_batch_size):
         raise UserError(
             f"global batch {global_batch_size} is not a multiple of dp x micro-batch = {dp} x {given.micro_batch_size}"
@@ -76,6 +68,19 @@ def given_spec(given: Given, graph: ModelGraph, num_gpus: int, global_batch_size
         stage_layers=_even(graph.num_layers, given.pp * _vpp(given, kind)),
         layers=(strategy,) * graph.num_layers,
     )
+
+
+def _data_ranks(given: Given, num_gpus: int) -> int:
+    others = given.tp * given.pp * given.ulysses * given.ring
+    if num_gpus % others:
+        raise UserError(
+            f"{num_gpus} GPUs are not a multiple of tp x pp x ulysses x ring = {given.tp} x {given.pp} x "
+            f"{given.ulysses} x {given.ring} = {others}"
+        )
+    dp = num_gpus // others
+    if dp % given.dp_replicate:
+        raise UserError(f"dp = {dp} is not a multiple of dp_replicate = {given.dp_replicate}")
+    return dp
 
 
 def _schedule(given: Given) -> ScheduleKind:
