@@ -21,15 +21,22 @@ TIE = 1 + 1e-12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Partition:
-    """A solution: layers per rank in pipeline order, strategy counts (P, C, S), predicted seconds.
-
-    `lower_s` is a proved bound for this cell and layout; equal to `step_s` when solved exactly.
-    """
+    """A solution: layers per rank in pipeline order, strategy counts (P, C, S), predicted seconds."""
 
     step_s: float
-    lower_s: float
     num_layers: tuple[int, ...]
     counts_PCS: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """The best partition below a limit, if there is one, and a bound on those that a restriction left out.
+
+    `lower_s` is inf when nothing was left out.
+    """
+
+    partition: Partition | None
+    lower_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +70,16 @@ class Objective:
         return float(np.max(self.a * theta_s + self.const_R + self.extra_R * extra_s)) + sync_s + self.step_s
 
 
-def search_caps(goal: Objective, tables: Tables, upper_s: float, slack_frac: float) -> Partition | None:
+def search_caps(goal: Objective, tables: Tables, upper_s: float, slack_frac: float) -> Solved:
     """The best partition below `upper_s`: caps on delta (outer, the loosest first) and theta (inner).
 
-    `slack_frac`: leave trades between theta and delta that can gain no more than this fraction; `lower_s` stays
-    valid.
+    `slack_frac`: leave trades between theta and delta that can gain no more than this fraction; then `lower_s` says
+    how much they could.
     """
     finite = np.isfinite(tables.time_PIN)
+    exact = np.array_equal(tables.extra_PIN, tables.extra_lower_PIN)
     if not finite.any():
-        return None
+        return Solved(partition=None, lower_s=np.inf if exact else _relaxed_bound(goal, tables, 0.0))
     caps = np.unique(tables.sync_PIN[finite])
     best: _Found | None = None
     limit, lower, cap = upper_s, np.inf, float(caps[-1])
@@ -87,17 +95,17 @@ def search_caps(goal: Objective, tables: Tables, upper_s: float, slack_frac: flo
             lower = sweep.bound_s
             break
         cap = float(below[-1])
+    if not exact:
+        lower = min(lower, _relaxed_bound(goal, tables, 0.0))
     if best is None:
-        return None
-    if not np.array_equal(tables.extra_PIN, tables.extra_lower_PIN):
-        lower = min(lower, _relaxed_bound(goal, tables, float(caps[0])))
+        return Solved(partition=None, lower_s=lower)
     choices = [tables.choices[tables.choice_IN[i, n]] for i, n in zip(best.starts, best.picks, strict=True)]
-    return Partition(
+    partition = Partition(
         step_s=best.value_s,
-        lower_s=min(lower, best.value_s),
         num_layers=tuple(int(tables.lengths_N[n]) for n in best.picks),
         counts_PCS=np.stack([choice.counts[k] for k, choice in enumerate(choices)]),
     )
+    return Solved(partition=partition, lower_s=lower)
 
 
 def _reached(tables: Tables, starts: list[int], picks: list[int]) -> float:
@@ -151,6 +159,7 @@ def _relaxed_bound(goal: Objective, tables: Tables, floor: float) -> float:
     slow = tables.base_PIN + tables.extra_lower_PIN
     allowed = np.isfinite(slow)
     values = np.unique(slow[allowed])
+    floor = max(floor, float(tables.sync_PIN[allowed].min(initial=np.inf)) if allowed.any() else 0.0)
     relaxed = replace(tables, time_PIN=slow, extra_PIN=tables.extra_lower_PIN)
     bound = np.inf
     for theta in values[_first_feasible(relaxed, allowed, values) :]:

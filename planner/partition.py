@@ -12,13 +12,13 @@ Shapes: P ranks, C classes, S strategies, L layers, I start positions (1 if only
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner import knapsack
-from planner.bottleneck import TIE, Objective, Partition, Tables, search_caps
+from planner.bottleneck import TIE, Objective, Partition, Solved, Tables, search_caps
 from planner.costmodel.pipeline import ScheduleKind, in_flight, rows
 from planner.costmodel.price import Array, Machine
 from planner.costmodel.rates import EndRates, Rates
@@ -68,11 +68,11 @@ def objective(inner: Inner) -> Objective:
     return Objective(a=table[0][0], const_R=const, extra_R=extra, step_s=float(rates.step_s_K[0]))
 
 
-def solve(inner: Inner, upper_s: float, slack_frac: float = 0.0) -> Partition | None:
-    """The best partition below `upper_s`, or None when there is none.
+def solve(inner: Inner, upper_s: float, slack_frac: float = 0.0) -> Solved:
+    """The best partition below `upper_s`, if there is one, and a bound on what a restriction left out.
 
-    `slack_frac`: stop looking for trades between theta and delta that can gain no more than this fraction;
-    `lower_s` stays valid. Pieces are limited to those that a plan below `upper_s` can hold.
+    `slack_frac`: leave trades between theta and delta that can gain no more than this fraction. Pieces are limited to
+    those that a plan below `upper_s` can hold.
     """
     goal = objective(inner)
     theta_cap = (upper_s - goal.step_s - float(goal.const_R.max())) / max(goal.a, 1e-9)
@@ -80,7 +80,7 @@ def solve(inner: Inner, upper_s: float, slack_frac: float = 0.0) -> Partition | 
         return _best_even(inner, goal, upper_s)
     tables = _tables(inner, theta_cap)
     if tables is None:
-        return None
+        return Solved(partition=None, lower_s=np.inf)
     return search_caps(goal, tables, upper_s, slack_frac)
 
 
@@ -222,7 +222,7 @@ def least_overflow_bytes(inner: Inner) -> float:
 # ---- chunked schedules of models with several layer classes
 
 
-def _best_even(inner: Inner, goal: Objective, upper_s: float) -> Partition | None:
+def _best_even(inner: Inner, goal: Objective, upper_s: float) -> Solved:
     """Evaluate every even partition; each rank's strategies are still chosen best."""
     best: Partition | None = None
     lower = np.inf
@@ -241,12 +241,13 @@ def _best_even(inner: Inner, goal: Objective, upper_s: float) -> Partition | Non
         extra = np.array([float(c.extra_s[0]) for c in picked])
         low = np.array([float(c.lower_s[0]) for c in picked])
         delta = float(sync[own, own].max())
-        lower = min(lower, goal.value(float((time[own, own] + low).max()), float(low.sum()), delta))
+        if not np.array_equal(low, extra):
+            lower = min(lower, goal.value(float((time[own, own] + low).max()), float(low.sum()), delta))
         value = goal.value(float((time[own, own] + extra).max()), float(extra.sum()), delta)
         if value < (best.step_s if best else upper_s):
             counts = np.concatenate([c.counts for c in picked])
-            best = Partition(step_s=value, lower_s=value, num_layers=num_layers, counts_PCS=counts)
-    return replace(best, lower_s=min(lower, best.step_s)) if best else None
+            best = Partition(step_s=value, num_layers=num_layers, counts_PCS=counts)
+    return Solved(partition=best, lower_s=lower)
 
 
 def _choose_rank(inner: Inner, held: IntArray, rank: int, flight: Array) -> knapsack.Choice:

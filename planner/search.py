@@ -290,12 +290,12 @@ def _solve_next(context: _Context, state: _State) -> None:
     inner = _inner(context, candidates, rates.column(index), index)
     kept = state.best[context.options.top - 1].step_s if len(state.best) >= context.options.top else np.inf
     upper = min(kept, state.incumbent_s * 1.1)
-    partition = solve(inner, upper, slack_frac=context.options.gap_frac / 10)
+    solved = solve(inner, upper, slack_frac=context.options.gap_frac / 10)
+    partition = solved.partition
     state.solved += 1
+    state.lower_s = min(state.lower_s, solved.lower_s)
     if partition is None:
         return
-    if partition.lower_s < partition.step_s:
-        state.lower_s = min(state.lower_s, partition.lower_s)
     spec = plan_spec(inner, context.cells, candidates, index, partition)
     state.best.append(Found(spec=spec, step_s=partition.step_s))
     state.best.sort(key=lambda found: found.step_s)

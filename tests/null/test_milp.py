@@ -143,8 +143,9 @@ def fills(inner: Inner) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.schedule}-{c.pp}-{c.usable_gb}-{c.host_gb}")
 def test_two_milp_solvers_agree_with_the_dp(case: Case) -> None:
     inner = inner_of(case)
-    found = solve(inner, np.inf)
-    assert found is not None and found.lower_s == found.step_s
+    solved = solve(inner, np.inf)
+    found = solved.partition
+    assert found is not None and solved.lower_s == np.inf
     for solver in solvers():
         problem = milp(inner)
         problem.solve(solver)
@@ -160,7 +161,7 @@ def solvers() -> list[Any]:
 
 def test_tight_memory_needs_recomputation() -> None:
     """The cases above are not all of the trivial kind."""
-    kinds = {case: solve(inner_of(case), np.inf) for case in CASES}
+    kinds = {case: solve(inner_of(case), np.inf).partition for case in CASES}
     assert all(found is not None for found in kinds.values())
     used = [bool(found.counts_PCS[:, :, 1:].any()) for found in kinds.values() if found]
     assert any(used) and not all(used)
