@@ -43,21 +43,26 @@ def least_theta(shape: Shape, work: Work, counts: Array) -> Array:
 
 
 def _whole_layers(shape: Shape, work: Work, main: int, num_layers: float) -> Array:
-    """Smallest theta at which whole layers of class `main` fit: sum_k floor((theta - ends_k) / t) >= their number."""
-    t = np.maximum(work.layer_s_CN[main], 1e-12)
+    """Smallest theta at which whole layers of class `main` fit: sum_k floor((theta - ends_k) / t) >= their number.
+
+    With one class a rank holds vpp equal chunks, so that vpp layers come at a time.
+    """
+    unit = shape.vpp if len(work.layer_s_CN) == 1 else np.ones_like(shape.vpp)
+    t = np.maximum(work.layer_s_CN[main], 1e-12) * unit
+    needed = num_layers / unit
     both = (shape.schedule == SCHEDULES.index(ScheduleKind.ZB_V)) | (shape.pp == 1)
     placed = shape.schedule != IDEAL
     first = placed * (work.first_s + np.where(both, work.last_s, 0.0))
     last = np.where(both, 0.0, work.last_s) * placed
     middle = np.where(both, shape.pp - 1, shape.pp - 2)
     best = np.full_like(t, np.inf)
-    base = np.ceil(num_layers / shape.pp)
+    base = np.ceil(needed / shape.pp)
     for end in (np.zeros_like(t), first, last):
         for extra in (-1, 0, 1):
             theta = np.maximum(base + extra, 1) * t + end
             room = middle * np.floor(theta / t + 1e-9) + np.floor(np.maximum(theta - first, 0) / t + 1e-9)
             room = room + np.where(both, 0.0, np.floor(np.maximum(theta - last, 0) / t + 1e-9))
-            best = np.where((room >= num_layers) & (theta < best), theta, best)
+            best = np.where((room >= needed - 1e-9) & (theta < best), theta, best)
     return np.asarray(np.where(np.isfinite(best), best + shape.p2p_s, 0.0))
 
 

@@ -36,6 +36,7 @@ class Job:
     machine: Machine
     global_batch_size: int
     memory_margin_frac: float
+    profile_sha256: str | None = None
 
     @property
     def memory_limit_bytes(self) -> float:
@@ -84,7 +85,7 @@ def inputs_of(job: Job) -> Inputs:
         cluster=job.machine.cluster,
         cluster_sha256=cluster_sha256(job.machine.cluster),
         engine=job.machine.engine,
-        profile_sha256=None,
+        profile_sha256=job.profile_sha256,
         num_gpus=job.machine.num_gpus,
         seq_len=job.graph.traced_seq_len,
         global_batch_size=job.global_batch_size,

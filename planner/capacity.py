@@ -54,6 +54,7 @@ class Caps:
         room = [r[at] for r in room]
         weights = [state[:, None, :] + group.flight[at] * act for group in groups]
         self.layers_needed = counts[main]
+        self.unit = shape.vpp[at] if len(counts) == 1 else np.ones(len(at))  # layers come vpp at a time (stages.py)
         one = np.ones_like(base[:1])
         self.layers: list[list[_Plane]] = [[] for _ in groups]
         work = rates.work_bytes_CSK[main][:, at]
@@ -87,7 +88,7 @@ class Caps:
                     cap = np.minimum(cap, lam * np.maximum(time, 0.0) + mu * plane.room)
                 most = np.maximum(most, cap)
             most = np.where(time < 0, 0.0, most)
-            total = total + count * (np.floor(most + 1e-6) if whole else most)
+            total = total + count * (np.floor(most / self.unit + 1e-6) * self.unit if whole else most)
         return total
 
 

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "diff": ("planner.commands.diff", "what differs between two plans, and what it costs"),
     "check": ("planner.commands.check", "verify a plan independently of the search"),
     "cluster": ("planner.commands.cluster", "list the known clusters, or show one with its sources"),
+    "profile": ("planner.commands.profile", "measure this machine, so that plans rest on measurements"),
     "accuracy": ("planner.reports.accuracy", "predictions against published and measured runs"),
     "env": ("planner.commands.env", "versions, for bug reports"),
 }

@@ -7,7 +7,9 @@ import os
 import secrets
 from pathlib import Path
 
-from planner.errors import UserError
+from planner.costmodel.profile import MAX_BYTES as PROFILE_MAX_BYTES
+from planner.costmodel.profile import Profile, ProfileError, decode_profile
+from planner.errors import StalePlanError, UserError
 from planner.plan import MAX_BYTES, Plan, decode_plan
 
 
@@ -19,6 +21,19 @@ def read_plan(path: Path) -> Plan:
     except OSError as error:
         raise UserError(f"{path}: cannot read the plan: {error.strerror}") from None
     return decode_plan(data, str(path))
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile at `path`; UserError or StalePlanError of one line if it cannot be used."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(PROFILE_MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the profile: {error.strerror}") from None
+    try:
+        return decode_profile(data, str(path))
+    except ProfileError as error:
+        raise (StalePlanError if error.stale else UserError)(str(error)) from None
 
 
 def check_writable(path: Path) -> None:

@@ -3,9 +3,8 @@
 Time, the least recomputation that fits the memory (knapsack.py) and the once-per-step work of a rank depend only
 on what it holds; bottleneck.py chooses who holds what.
 
-With several chunks per rank and one layer class only the number of layers per rank matters: the chunk sizes of a
-rank differ by at most one and the longer chunks are the same ones on every rank. With several classes the declared
-space for chunked schedules is the even partitions of `even_counts`.
+With several chunks per rank, a rank's chunks are equal (stages.py says why), so that with one layer class only the
+number of layers per rank matters; with several classes the declared space is the partitions of `even_counts`.
 
 Shapes: P ranks, C classes, S strategies, L layers, I start positions (1 if only lengths matter), N lengths.
 """
@@ -96,7 +95,9 @@ def _tables(inner: Inner, theta_cap: float) -> Tables | None:
     high = min(longest, layers - (p - 1) * inner.vpp)
     if low > high:
         return None
-    lengths = np.arange(low, high + 1)
+    lengths = np.arange(-(-low // inner.vpp) * inner.vpp, high + 1, inner.vpp)
+    if not len(lengths):
+        return None
     starts = [0] if inner.num_classes == 1 else list(range(layers))
     held = _pieces(inner, starts, lengths)  # (I, N, C), -1 = beyond the end
     flat = held.reshape(-1, inner.num_classes)

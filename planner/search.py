@@ -333,6 +333,8 @@ def _result(context: _Context, state: _State, reason: str) -> SearchResult:
     total = _num_candidates(context, np.arange(len(context.cells)))
     gap = 1 - lower / state.incumbent_s if state.best else float("nan")
     shortfall = None if state.best or reason != "exhausted" else _shortfall(context)
+    if reason == "gap" and gap > context.options.gap_frac * (1 + 1e-9):
+        reason = "exhausted"  # what was solved under a restriction keeps the gap open
     reason = "infeasible" if not state.best and reason == "exhausted" else reason
     unproved = reason in ("time_limit", "interrupted")
     left = _num_candidates(context, context.order[state.position :]) + len(state.candidates) if unproved else 0

@@ -197,8 +197,8 @@ def _schedules(graph: ModelGraph, pp: int, limits: Limits) -> list[tuple[int, in
         options = [(0, 1)]
     else:
         options = [(0, 1), (2, 1)]
-        options += [(1, v) for v in range(2, layers // pp + 1)]
-        if layers >= 2 * pp:
+        options += [(1, v) for v in divisors(layers)[1:] if layers >= v * pp]
+        if layers >= 2 * pp and layers % 2 == 0:
             options.append((3, 2))
     return [
         (s, v)

@@ -30,10 +30,10 @@ def leaves(part: Part) -> Iterator[Part]:
         yield from leaves(child)
 
 
-def strong_frac(part: Part) -> float:
-    """Share of the step's seconds that rests on measured or interpolated figures."""
+def strong_frac(part: Part, evidence: tuple[str, ...] = _STRONG) -> float:
+    """Share of the step's seconds that rests on figures of such evidence: measured or interpolated ones."""
     total = part.time_s
-    return sum(leaf.time_s for leaf in leaves(part) if leaf.evidence in _STRONG) / total if total else 0.0
+    return sum(leaf.time_s for leaf in leaves(part) if leaf.evidence in evidence) / total if total else 0.0
 
 
 def headline(graph: ModelGraph, global_batch_size: int) -> str:
@@ -94,7 +94,9 @@ def step_line(part: Part) -> str:
         else:
             rest += leaf.time_s
     large += [f"other {rest:.2g}"] if rest > 0 else []
-    return f"step     = {' + '.join(large)} (s); {percent(strong_frac(part), 0)} % on measured figures"
+    here = strong_frac(part, _STRONG[:1])
+    exact = f", {percent(here, 0)} % of it as measured" if here else ""
+    return f"step     = {' + '.join(large)} (s); {percent(strong_frac(part), 0)} % on measured figures{exact}"
 
 
 def certificate_line(plan: Plan) -> str:

@@ -16,7 +16,7 @@ from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import Machine
 from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.errors import UserError
-from planner.files import check_writable, write_atomic
+from planner.files import check_writable, read_profile, write_atomic
 from planner.render import FORMATS, Report, show
 from planner.space import Limits
 
@@ -75,6 +75,8 @@ def add_job(parser: argparse.ArgumentParser) -> None:
                         help="a name of `planner cluster list`, or a .toml (default: %(default)s)")  # fmt: skip
     parser.add_argument("--engine", default=DEFAULT_ENGINE, metavar="NAME",
                         help=f"what will run the plan: {', '.join(ENGINES)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--profile", type=Path, metavar="FILE",
+                        help="what `planner profile` measured, instead of the cluster's preset figures")  # fmt: skip
     parser.add_argument("--global-batch", type=whole, metavar="N",
                         help="sequences of one optimizer step (default: the model's GLOBAL_BATCH_SIZE)")  # fmt: skip
     parser.add_argument("--seq-len", type=whole, metavar="N", help="tokens a sequence (default: the model's SEQ_LEN)")
@@ -135,6 +137,23 @@ def cluster_of(name: str) -> ClusterSpec:
         return load_cluster(name)
     except ValueError as error:
         raise UserError(f"{error}; see `planner cluster list`") from None
+
+
+def profiled(
+    args: argparse.Namespace, cluster: ClusterSpec, engine: EngineSpec, num_gpus: int
+) -> tuple[ClusterSpec, EngineSpec, str | None]:
+    """(cluster, engine, hash of the profile) as --profile found them; UserError if it is of another device."""
+    if args.profile is None:
+        return cluster, engine, None
+    from planner.costmodel.profile import ProfileError, profile_sha256
+    from planner.costmodel.profiled import fit_cluster, fit_engine
+
+    profile = read_profile(args.profile)
+    try:
+        fitted = fit_cluster(cluster, profile, num_gpus)
+        return fitted, fit_engine(engine, profile, cluster, num_gpus), profile_sha256(profile)
+    except ProfileError as error:
+        raise UserError(f"{args.profile}: {error}") from None
 
 
 def engine_of(name: str) -> EngineSpec:

@@ -84,6 +84,7 @@ def _repriced(path: Path) -> Plan:
         machine=arguments.machine_of(inputs.graph, inputs.cluster, inputs.engine, inputs.num_gpus),
         global_batch_size=inputs.global_batch_size,
         memory_margin_frac=inputs.memory_margin_frac,
+        profile_sha256=inputs.profile_sha256,
     )
     plan = _priced(job, old.decisions)
     return old if plan.predicted == old.predicted else plan
@@ -101,12 +102,14 @@ def _given(args: argparse.Namespace) -> Plan:
     if args.gpus is None:
         raise UserError("give --gpus N: how many GPUs the plan runs on")
     cluster, engine = arguments.cluster_of(args.cluster), arguments.engine_of(args.engine)
+    cluster, engine, profile_sha256 = arguments.profiled(args, cluster, engine, args.gpus)
     graph = arguments.load_graph(args)
     job = Job(
         graph=graph,
         machine=arguments.machine_of(graph, cluster, engine, args.gpus),
         global_batch_size=arguments.batch_of(args, graph),
         memory_margin_frac=args.memory_margin,
+        profile_sha256=profile_sha256,
     )
     given = Given(
         **{name: getattr(args, name) for name in (*_DEGREES, "sp", "vocab_parallel", "recompute", "dp_replicate")},

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("give --gpus N: how many GPUs the job has")
     path = arguments.output_path(args, "plan.json")
     cluster, engine = arguments.cluster_of(args.cluster), arguments.engine_of(args.engine)
+    cluster, engine, profile_sha256 = arguments.profiled(args, cluster, engine, args.gpus)
     limits = arguments.limits_of(engine, args.fix, args.forbid, args.executable_only)
     graph = arguments.load_graph(args)
     if args.save_graph:
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         machine=arguments.machine_of(graph, cluster, engine, args.gpus),
         global_batch_size=arguments.batch_of(args, graph),
         memory_margin_frac=args.memory_margin,
+        profile_sha256=profile_sha256,
     )
     job, result, extra = _search(args, job, limits)
     if not result.plans:

@@ -106,19 +106,17 @@ def schedules(pp: int, layers: int) -> list[tuple[ScheduleKind, int]]:
     if pp == 1:
         return [(ScheduleKind.ONE_F_ONE_B, 1)]
     found = [(ScheduleKind.ONE_F_ONE_B, 1), (ScheduleKind.ZB_H1, 1)]
-    found += [(ScheduleKind.INTERLEAVED, v) for v in range(2, layers // pp + 1)]
-    return found + ([(ScheduleKind.ZB_V, 2)] if layers >= 2 * pp else [])
+    found += [(ScheduleKind.INTERLEAVED, v) for v in range(2, layers // pp + 1) if layers % v == 0]
+    return found + ([(ScheduleKind.ZB_V, 2)] if layers >= 2 * pp and layers % 2 == 0 else [])
 
 
 def partitions(mesh: PlanSpec, graph: ModelGraph) -> Iterator[PlanSpec]:
     """Every stage partition of the declared space."""
     layers, pp, v = graph.num_layers, mesh.pp, mesh.vpp
-    for counts in itertools.product(range(v, layers + 1), repeat=pp):
-        if sum(counts) != layers or v > 1 and len(graph.classes) > 1 and max(counts) - min(counts) > 1:
+    for counts in itertools.product(range(v, layers + 1, v), repeat=pp):
+        if sum(counts) != layers or v > 1 and len(graph.classes) > 1 and max(counts) - min(counts) > v:
             continue
-        # Chunks of a rank differ by at most one; chunk 0 is the last to grow.
-        grown = [*range(1, v), 0]
-        sizes = [[n // v + (grown.index(c) < n % v) for n in counts] for c in range(v)]
+        sizes = [[n // v for n in counts] for _ in range(v)]
         flat = sizes[0] + sizes[1][::-1] if mesh.schedule is ScheduleKind.ZB_V else sum(sizes, [])
         ends = list(itertools.accumulate(flat))
         yield replace(mesh, stage_layers=tuple((e - s, e) for e, s in zip(ends, flat, strict=True)))
