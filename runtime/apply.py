@@ -19,10 +19,10 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.strategy import PlanSpec
 from planner.plan import Plan
 from planner.runtime import cuts as cutting
-from planner.runtime import rules_math, rules_shape, zero
+from planner.runtime import experts, rules_math, rules_shape, zero
 from planner.runtime.chain import Chain
 from planner.runtime.errors import RuntimePlanError
-from planner.runtime.layers import adapt, slots_of
+from planner.runtime.layers import adapt, plain_edge, slots_of
 from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import AdamWConfig, Owned, ShardedAdamW
 from planner.runtime.parallel import Loss, Parallel, next_token_loss
@@ -69,11 +69,22 @@ def parallelize(
         cuts=table, loss=loss, device=device, input_name=input_name or _input_name(model),
         original=model.forward, full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
+    _experts(parallel)
     _dry_pass(parallel)
     _make_groups(parallel)
     _apply(parallel, precision)
     _optimizer(parallel, adamw or AdamWConfig())
     return parallel
+
+
+def _experts(p: Parallel) -> None:
+    p.moe = experts.find(p.model, p.cuts)
+    if p.moe and p.spec.tp > 1:
+        raise RuntimePlanError("experts are not cut by tensor parallelism yet: plan with --forbid tp")
+    if p.spec.ep > 1 and not p.moe:
+        raise RuntimePlanError(f"ep = {p.spec.ep} but the model has no routed experts: plan again")
+    for moe in {id(m): m for m in p.moe.values()}.values():
+        experts.install(moe, p.mesh.experts)
 
 
 def _input_name(model: nn.Module) -> str:
@@ -184,8 +195,15 @@ def owned_names(p: Parallel) -> tuple[frozenset[str], frozenset[str]]:
     outside = set(ends[False]) | set(ends[True])
     layer_of = _layer_of(p)
     mine = set(spec.rank_layers(rank))
-    found |= {n for n in p.cuts if n not in outside and layer_of[n] in mine}
+    found |= {n for n in p.cuts if n not in outside and layer_of[n] in mine and _holds_expert(p, n)}
     return frozenset(found), tied if first != last and rank in (first, last) else frozenset()
+
+
+def _holds_expert(p: Parallel, name: str) -> bool:
+    """Whether expert parallelism leaves a listed expert's parameter on this rank."""
+    moe = p.moe.get(name)
+    index = moe.expert_of(name) if moe is not None else None
+    return moe is None or index is None or index * p.spec.ep // moe.num_experts == p.expert_rank
 
 
 def _layer_of(p: Parallel) -> dict[str, int]:
@@ -210,10 +228,15 @@ def _apply(p: Parallel, precision: torch.dtype | None) -> None:
     per_layer = {i: slots_of(p.chain.layer(i), "", p.cuts, names) for i in layers}
     dense = mesh.dense_mesh()
     if sharded:
+        for holder in _expert_holders(p, names, mine):
+            zero.shard(holder, p.mesh.expert_mesh(), spec, precision, ghosts)
         for i in layers:
             zero.shard(p.chain.layer(i), dense, spec, precision, ghosts)
         if p.model not in [p.chain.layer(i) for i in layers]:
             zero.shard(p.model, dense, spec, precision, ghosts)
+    if p.uses_rules:
+        for moe in {id(m): m for m in p.moe.values() if m.experts is None}.values():
+            plain_edge(moe.block, p.ctx)
     for i in layers:
         adapt(p.chain.layer(i), p.ctx, per_layer[i], spec.layers[i], p.uses_rules, p.chain.layer(i) is p.model)
     p.original = p.model.forward
@@ -232,8 +255,20 @@ def _apply(p: Parallel, precision: torch.dtype | None) -> None:
         _pipeline(p)
 
 
+def _expert_holders(p: Parallel, names: dict[int, str], mine: frozenset[str]) -> list[nn.Module]:
+    """Modules with routed parameters on this rank: each listed expert, or the module that stacks them."""
+    found: dict[int, nn.Module] = {}
+    for name, moe in p.moe.items():
+        if name in mine:
+            index = moe.expert_of(name)
+            holder = moe.block if moe.experts is None or index is None else list(moe.experts.children())[index]
+            found[id(holder)] = holder
+    return list(found.values())
+
+
 def _localise(p: Parallel, names: dict[int, str], mine: frozenset[str]) -> set[nn.Parameter]:
     """Replace every parameter by this rank's part, or by one without memory if another stage has it."""
+    spec = p.spec
     made: dict[str, nn.Parameter] = {}
     ghosts: set[nn.Parameter] = set()
     for owner in p.model.modules():
@@ -244,6 +279,8 @@ def _localise(p: Parallel, names: dict[int, str], mine: frozenset[str]) -> set[n
             if name not in made:
                 if name in mine:
                     part = cutting.local_part(param.detach(), p.cuts[name], p.ctx)
+                    if name in p.moe and p.moe[name].experts is None:
+                        part = part.chunk(spec.ep)[p.expert_rank]
                     made[name] = nn.Parameter(part.to(p.device).clone().contiguous(), requires_grad=param.requires_grad)
                 else:
                     nothing = torch.zeros((), dtype=param.dtype, device=p.device).expand(param.shape)

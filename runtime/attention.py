@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from planner.runtime import collectives as c
 from planner.runtime.sharded import Context, Unshardable
@@ -58,22 +59,35 @@ def _sequence_to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     return got.permute(1, 0, 2, 3, 4).reshape(b, n * h, s // n, d)
 
 
+@torch.library.custom_op("planner::ring_attention", mutates_args=())
+def _ring_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, group_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, log-sum-exp). One op, so that selective recomputation can keep it like any attention."""
+    group = _resolve_process_group(group_name)
+    out = lse = None
+    dims = [k.shape[-1], v.shape[-1]]
+    kv = torch.cat([k, v], -1)
+    for step in range(group.size()):
+        work, following = _pass_on(kv, group) if step + 1 < group.size() else (None, None)
+        half_q, half_k, own = _halves(group.rank(), step, group.size(), causal)
+        block = _forward_block(_part(q, half_q), *_part(kv, half_k).split(dims, -1), scale, own)
+        out, lse = _merge(out, lse, *block, half_q, q)
+        if work is not None:
+            _wait(work)
+            kv = following
+    return out.to(q.dtype), lse
+
+
+@_ring_attention.register_fake
+def _(q: Any, k: Any, v: Any, scale: float, causal: bool, group_name: str) -> Any:
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
+
+
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, scale: float, causal: bool, group: Any) -> Any:
-        if q.is_meta:
-            return torch.empty_like(q)
-        out = lse = None
-        kv = torch.stack([k, v])
-        for step in range(group.size()):
-            work, following = _pass_on(kv, group) if step + 1 < group.size() else (None, None)
-            half_q, half_k, own = _halves(group.rank(), step, group.size(), causal)
-            block = _forward_block(_part(q, half_q), _part(kv[0], half_k), _part(kv[1], half_k), scale, own)
-            out, lse = _merge(out, lse, *block, half_q, q)
-            if work is not None:
-                _wait(work)
-                kv = following
-        out = out.to(q.dtype)
+        out, lse = torch.ops.planner.ring_attention(q, k, v, scale, causal, group.group_name)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.scale, ctx.causal, ctx.group = scale, causal, group
         return out
@@ -82,16 +96,17 @@ class _Ring(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         group, size = ctx.group, ctx.group.size()
-        kv, dq = torch.stack([k, v]), torch.zeros_like(q)
+        dims = [k.shape[-1], v.shape[-1]]
+        kv, dq = torch.cat([k, v], -1), torch.zeros_like(q)
         delta = (grad * out).sum(dim=-1)
         home = dkv = torch.zeros_like(kv)  # of this rank's own K and V; the others' travel on, R-1 hops to their home
         for step in range(size):
             work, following = _pass_on(kv, group) if step + 1 < size else (None, None)
             half_q, half_k, own = _halves(group.rank(), step, size, ctx.causal)
             parts = [_part(t, half_q) for t in (q, grad)] + [_part_row(t, half_q) for t in (lse, delta)]
-            found = _backward_block(*parts, _part(kv[0], half_k), _part(kv[1], half_k), ctx.scale, own)
-            for total, value, half in zip((dq, dkv[0], dkv[1]), found, (half_q, half_k, half_k), strict=True):
-                _part(total, half).add_(value)
+            block_q, *block_kv = _backward_block(*parts, *_part(kv, half_k).split(dims, -1), ctx.scale, own)
+            _part(dq, half_q).add_(block_q)
+            _part(dkv, half_k).add_(torch.cat(block_kv, -1))
             if step:
                 grads, dkv = _pass_on(dkv, group)
                 _wait(grads)
@@ -101,7 +116,8 @@ class _Ring(torch.autograd.Function):
                 _wait(work)
                 kv = following
         dkv = dkv + home
-        return dq, dkv[0], dkv[1], None, None, None
+        dk, dv = dkv.split(dims, -1)
+        return dq, dk, dv, None, None, None
 
 
 def _pass_on(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[dist.Work], torch.Tensor]:

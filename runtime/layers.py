@@ -57,7 +57,7 @@ def adapt(layer: nn.Module, ctx: Context, slots: Any, strategy: LayerStrategy, u
     original = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        marks = layer.__dict__.pop(_META, None)
+        marks = marks_of(layer)
         leaves, spec = tree_flatten((args, kwargs))
         out_marks: list[Any] = []
 
@@ -73,13 +73,31 @@ def adapt(layer: nn.Module, ctx: Context, slots: Any, strategy: LayerStrategy, u
             return local
 
         out = strategy_body(body, strategy)(leaves)
-        layer.__dict__[_META + "_out"] = out_marks
+        leave_marks(layer, out_marks)
         return out
 
     layer.forward = forward  # type: ignore[method-assign]
     if uses_rules and not whole:
-        layer.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
-        layer.register_forward_hook(_leave(ctx))
+        plain_edge(layer, ctx)
+
+
+def plain_edge(module: nn.Module, ctx: Context) -> None:
+    """Unwrap what goes into `module` before FSDP's hooks see it, and wrap what comes out after them.
+
+    The module's forward takes the marks of its inputs (`marks_of`) and leaves those of its outputs (`leave_marks`).
+    """
+    module.register_forward_pre_hook(_enter, prepend=True, with_kwargs=True)
+    module.register_forward_hook(_leave(ctx))
+
+
+def marks_of(module: nn.Module) -> list[Any] | None:
+    """What was sharded among the leaves of (args, kwargs), None when the edge is not plain."""
+    return module.__dict__.pop(_META, None)
+
+
+def leave_marks(module: nn.Module, marks: list[Any]) -> None:
+    """Say what is sharded among the leaves of the output."""
+    module.__dict__[_META + "_out"] = marks
 
 
 def _enter(layer: nn.Module, args: Any, kwargs: Any) -> Any:

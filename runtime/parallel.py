@@ -18,6 +18,7 @@ from planner.costmodel.strategy import PlanSpec
 from planner.runtime import zero
 from planner.runtime.chain import Chain, StageDone
 from planner.runtime.errors import RuntimePlanError
+from planner.runtime.experts import Moe
 from planner.runtime.layers import mark_parameters
 from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import Owned, ShardedAdamW
@@ -66,6 +67,7 @@ class Parallel:
     owned: list[Owned] = field(default_factory=list)
     slots: list[tuple[nn.Module, str, Cut]] = field(default_factory=list)
     places: list[tuple[nn.Module, str, str]] = field(default_factory=list)  # slot -> name
+    moe: dict[str, Moe] = field(default_factory=dict)  # routed parameter -> its block
     schedule: Any = None
     optimizer: ShardedAdamW | None = None
     scale: int = 1  # tokens of the batch that the pipeline is working on
@@ -77,7 +79,15 @@ class Parallel:
 
     def expert_offset(self, item: Owned) -> int:
         """First expert of this rank in a parameter that stacks experts; 0 for any other."""
-        return 0
+        moe = self.moe.get(item.name)
+        if moe is None or moe.experts is not None:
+            return 0
+        return self.expert_rank * moe.num_experts // self.spec.ep
+
+    @property
+    def expert_rank(self) -> int:
+        """Which part of the experts this rank holds."""
+        return self.mesh.position["data"] % self.spec.ep
 
     # ---- one micro-batch
 

@@ -12,8 +12,19 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from planner.costmodel.strategy import LayerStrategy
 
 Body = Callable[[list[Any]], Any]
-_KEPT = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "scaled_dot_product", "einsum")
-_COLLECTIVES = ("_c10d_functional", "c10d", "c10d_functional")
+_KEPT = (
+    "ring_attention",
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "matmul",
+    "linear",
+    "convolution",
+    "scaled_dot_product",
+    "einsum",
+)
+_COLLECTIVES = ("_c10d_functional",)
 _SMALL_BYTES = 1024  # below this a copy costs more than the memory is worth
 
 

@@ -50,7 +50,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="zb_v", used=lambda s: s.schedule is ScheduleKind.ZB_V),
     Option(name="ulysses", used=lambda s: s.ulysses > 1),
     Option(name="ring", used=lambda s: s.ring > 1),
-    Option(name="ep", used=lambda s: s.ep > 1, reason=_NOT_YET),
+    Option(name="ep", used=lambda s: s.ep > 1),
     Option(name="selective", used=lambda s: any(x.recompute == "selective" for x in s.layers)),
     Option(name="full", used=lambda s: any(x.recompute == "full" for x in s.layers)),
     Option(name="offload_optimizer", used=lambda s: s.offload_optimizer),
@@ -58,6 +58,11 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 COMBINATIONS: tuple[Combination, ...] = (
+    Combination(
+        names=("ep", "tp"),
+        used=lambda s: s.ep > 1 and s.tp > 1,
+        reason="the runtime does not cut experts by tensor parallelism yet",
+    ),
     Combination(
         names=("selective", "zero-bubble"),
         used=lambda s: s.schedule in _ZERO_BUBBLE and any(x.recompute == "selective" for x in s.layers),

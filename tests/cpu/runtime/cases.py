@@ -90,6 +90,11 @@ ALONE: dict[str, tuple[int, str, PlanSpec]] = {
     "ring": (2, "gpt", spec(ring=2)),
     "ring hf": (2, "hf_llama", spec(ring=2)),
     "ring and ulysses": (4, "llama", spec(ring=2, ulysses=2)),
+    "experts under dp": (2, "hf_mixtral", spec(dp_shard=2, zero_stage=3)),
+    "experts under ulysses": (2, "hf_mixtral", spec(ulysses=2)),
+    "ep stacked": (2, "hf_mixtral", spec(dp_shard=2, ep=2, zero_stage=1)),
+    "ep listed": (2, "deepseek", spec(dp_shard=2, ep=2)),
+    "ep over context ranks": (2, "deepseek", spec(ring=2, ep=2, zero_stage=1)),
     "full": (2, "llama", spec(dp_shard=2, recompute="full", zero_stage=3)),
     "selective": (2, "gpt", spec(tp=2, recompute="selective", **_SP)),
     "offload_activations": (2, "llama", spec(dp_shard=2, offload=True)),
@@ -111,6 +116,9 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "1f1b zero2 mixed layers": (4, "llama", spec(pp=2, dp_shard=2, zero_stage=2, layers=(
         LayerStrategy(recompute="full"), LayerStrategy(recompute="none", offload_activations=True),
         LayerStrategy(recompute="selective"), LayerStrategy(recompute="full", offload_activations=True)))),
+    "ep within zero3, full": (4, "hf_mixtral", spec(dp_shard=4, ep=2, zero_stage=3, recompute="full")),
+    "ep pp": (4, "deepseek", spec(dp_shard=2, ep=2, pp=2, zero_stage=1)),
+    "ep of replicas": (4, "deepseek", spec(dp_replicate=2, dp_shard=2, ep=4, zero_stage=2)),
     "everything": (8, "llama", spec(pp=2, tp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP)),
 }  # fmt: skip
 

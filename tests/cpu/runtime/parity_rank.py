@@ -122,7 +122,9 @@ def run_case(case):
 
 def run(cases):
     results = []
-    for case in cases:
+    for number, case in enumerate(cases):
+        if dist.get_rank() == 0:
+            print("case", number, flush=True)
         if case.get("catch"):
             try:
                 results.append(run_case(case))
