@@ -72,10 +72,11 @@ def _linear_ce(
 
 
 def _register_torch_ops() -> None:
-    forward = {"_scaled_dot_product_flash_attention": 4, "_scaled_dot_product_flash_attention_for_cpu": 4,
-               "_scaled_dot_product_efficient_attention": 6, "_scaled_dot_product_cudnn_attention": 6}  # fmt: skip
-    backward = {"_scaled_dot_product_flash_attention_backward": 11, "_scaled_dot_product_flash_attention_for_cpu_backward": 7,
-                "_scaled_dot_product_efficient_attention_backward": 11, "_scaled_dot_product_cudnn_attention_backward": 14}  # fmt: skip
+    flash, efficient, cudnn = (f"_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn"))
+    # Where is_causal stands among the positional arguments.
+    forward = {flash: 4, f"{flash}_for_cpu": 4, efficient: 6, cudnn: 6}
+    backward = {f"{flash}_backward": 11, f"{flash}_for_cpu_backward": 7, f"{efficient}_backward": 11}
+    backward[f"{cudnn}_backward"] = 14
     for names, formula in ((forward, _sdpa), (backward, _sdpa_backward)):
         for name, position in names.items():
             FORMULAS[getattr(_aten, name)] = formula(position)
@@ -119,7 +120,8 @@ def price(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     if torch.Tag.inplace_view in func.tags:
         return Work()
     reads = tensors[1:] if packet.__name__ in ("copy_", "zero_", "fill_") else tensors
-    return Work(flops=int(flops), read_bytes=sum(map(_touched, reads)), written_bytes=sum(map(_touched, outs)), kernels=1)
+    read, written = sum(map(_touched, reads)), sum(map(_touched, outs))
+    return Work(flops=int(flops), read_bytes=read, written_bytes=written, kernels=1)
 
 
 def _touched(tensor: torch.Tensor) -> int:

@@ -3,7 +3,8 @@
 Every rank holds the columns [vocab_start, vocab_start + V) of the logits. With m = max x, s = sum exp(x - m) and t the
 target's logit (0 elsewhere) of its part, one all-gather of (m, s, t), 12 bytes a row, gives every rank
 lse = M + log sum_r s_r exp(m_r - M) and loss = lse - sum_r t_r; backward is local: grad (exp(x - lse) - onehot).
-(Shoeybi et al. 2019, arXiv 1909.08053, section 3, with three all-reduces; Yeung et al. 2024, arXiv 2411.05288, section 4.)
+(Shoeybi et al. 2019, arXiv 1909.08053, section 3, has the same with more collectives; Yeung et al. 2024, arXiv
+2411.05288, section 4, places it in a pipeline.)
 The chunked form computes logits, loss and gradients chunk by chunk of rows in forward, 6 N H V FLOPs, nothing twice
 (Liger: Hsu et al. 2024, arXiv 2410.10989, section 3.2), the collective of a chunk under the product of the next.
 """
@@ -68,8 +69,9 @@ def _by_rows(*args: Any) -> Any:
 
 
 ce_stats = define(
-    "ce_stats", _stats, fake=_stats_fake, work=_stats_work, sharding=_by_rows, kernels={"ours": lazily("triton_ce", "stats")}
-)
+    "ce_stats", _stats, fake=_stats_fake, work=_stats_work, sharding=_by_rows,
+    kernels={"ours": lazily("triton_ce", "stats")},
+)  # fmt: skip
 ce_grad = define(
     "ce_grad", _grad, fake=lambda logits, *rest: like(logits), work=_grad_work, sharding=_by_rows,
     kernels={"ours": lazily("triton_ce", "grad")},
@@ -126,7 +128,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Any, weight: Any, target: Any, vocab_start: int, group: Any, ignore_index: int, chunk_rows: int
     ) -> Any:
-        loss, dx, dw = [], torch.empty_like(x), torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
+        loss, dx = [], torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
         pending = None
         for rows in zip(x.split(chunk_rows), target.split(chunk_rows), dx.split(chunk_rows), strict=True):
             logits = rows[0] @ weight.t()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
-from planner.kernels.op import Sharding, Work, define, lazily, like, precise, streamed
+from planner.kernels.op import Sharding, define, lazily, like, precise, streamed
 
 
 def _rms(h: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:

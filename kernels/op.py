@@ -55,7 +55,9 @@ def nbytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def streamed(args: Sequence[Any], outs: torch.Tensor | Sequence[torch.Tensor], flops: int = 0, kernels: int = 1) -> Work:
+def streamed(
+    args: Sequence[Any], outs: torch.Tensor | Sequence[torch.Tensor], flops: int = 0, kernels: int = 1
+) -> Work:
     """Work of a call that reads every tensor among `args` once and writes every output once."""
     outs = [outs] if isinstance(outs, torch.Tensor) else outs
     read = nbytes(*(a for a in args if isinstance(a, torch.Tensor)))

@@ -81,5 +81,5 @@ rope_op.register_autograd(
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (batch, sequence, heads, D) turned by angles (sequence, D/2) given as cos and sin; they get no gradient."""
+    """Turn x (batch, sequence, heads, D) by angles (sequence, D/2) given as cos and sin; they get no gradient."""
     return rope_op(x, cos, sin, False)

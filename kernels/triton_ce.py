@@ -83,9 +83,7 @@ def grad(
     return out
 
 
-def grad_(
-    logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, scale: torch.Tensor, vocab_start: int
-) -> None:
+def grad_(logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, scale: torch.Tensor, vocab_start: int) -> None:
     """ce_grad in place."""
     if logits.stride(-1) != 1:
         raise ValueError("ce_grad_ needs logits whose rows are contiguous")

@@ -17,6 +17,7 @@ def forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, h_ptr, rstd_ptr, rows, cols, eps,
     ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """One program per tile of ROWS whole rows; ADD: h = x + residual is stored and normed as stored."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * cols + col[None, :]
@@ -86,21 +87,21 @@ def _forward(x, residual, weight, eps):
 
 
 def rms_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm of the op layer."""
+    """The op rms_norm."""
     return _forward(h, None, weight, eps)[:2]
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """add_rms_norm of the op layer."""
+    """The op add_rms_norm."""
     return _forward(x, residual, weight, eps)
 
 
 def rms_norm_backward(
     dy: torch.Tensor, dh: torch.Tensor | None, h: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rms_norm_backward of the op layer."""
+    """The op rms_norm_backward."""
     dy, h, rstd = dy.contiguous(), h.contiguous(), rstd.contiguous()
     cols = h.shape[-1]
     rows = h.numel() // cols

@@ -13,6 +13,7 @@ _BLOCK = 2048
 
 @triton.jit
 def swiglu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, cols, BLOCK: tl.constexpr):
+    """One program per (row, block of columns)."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < cols
@@ -26,6 +27,7 @@ def swiglu_kernel(gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, cols, BLOCK
 def swiglu_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, dy_stride, gate_stride, up_stride, cols, BLOCK: tl.constexpr
 ):
+    """One program per (row, block of columns)."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < cols
@@ -68,7 +70,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """swiglu of the op layer."""
+    """The op swiglu."""
     out, g, u = like(gate), _rows(gate), _rows(up)
     rows, cols = g.shape
     block = min(_BLOCK, triton.next_power_of_2(cols))
@@ -80,7 +82,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """swiglu_backward of the op layer."""
+    """The op swiglu_backward."""
     dgate, dup, d, g, u = like(gate), like(up), _rows(dy), _rows(gate), _rows(up)
     rows, cols = g.shape
     block = min(_BLOCK, triton.next_power_of_2(cols))
@@ -92,7 +94,7 @@ def swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
-    """rope of the op layer."""
+    """The op rope."""
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     batch, length, heads, dim = x.shape
     out, half = like(x), triton.next_power_of_2(dim // 2)

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}  # the newest matrix instruction of each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,37 @@ CASES = {
         module="triton_pointwise", kernel="rope_kernel", types="*bf16 *fp32 *fp32 *bf16 i32 i32 i32 i32",
         constants={"BACK": False, "HEADS": 32, "HALF": 64}, num_warps=4,
     ),
+    "ring_span": Case(
+        module="triton_ring", kernel="span_kernel", types="*i32 *i32 *i32 *i32 *i32 i32 i32",
+        constants={"QUERIES": True, "CAUSAL": True, "TILE": 128, "BLOCK": 1024}, num_warps=4,
+    ),
+    "ring_step": Case(
+        module="triton_ring", kernel="step_kernel",
+        types="*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *fp32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32 fp32",
+        constants={"CAUSAL": True, "M": 128, "N": 64, "D": 128},
+    ),
+    "ring_dq": Case(
+        module="triton_ring", kernel="dq_kernel",
+        types="*bf16 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32 fp32",
+        constants={"CAUSAL": True, "M": 64, "N": 64, "D": 128},
+    ),
+    "ring_dkv": Case(
+        module="triton_ring", kernel="dkv_kernel",
+        types="*bf16 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32 fp32",
+        constants={"CAUSAL": True, "M": 64, "N": 64, "D": 128},
+    ),
+    "merge": Case(
+        module="triton_ring", kernel="merge_kernel", types="*bf16 *fp32 *bf16 *fp32 *bf16 *fp32 i32 i32",
+        constants={"ROWS": 32, "D": 128},
+    ),
+    "quantize": Case(
+        module="triton_quantize", kernel="quantize_kernel", types="*bf16 *i8 *fp32 i32 i32",
+        constants={"QMAX": 7.0, "INT4": True, "ROWS": 16, "BLOCK": 256},
+    ),
+    "dequantize_sum": Case(
+        module="triton_quantize", kernel="dequantize_sum_kernel", types="*i8 *fp32 *bf16 i32 i32 i32",
+        constants={"INT4": True, "ROWS": 16, "BLOCK": 256}, num_warps=4,
+    ),
 }  # fmt: skip
 
 
@@ -81,10 +113,10 @@ def compile_case(case: Case, arch: int) -> dict[str, int]:
     source = ASTSource(fn=kernel, signature=signature, constexprs=case.constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {**_inspect(built.asm["cubin"]), "shared": built.metadata.shared}
+    return {**_inspect(built.asm["cubin"], arch), "shared": built.metadata.shared}
 
 
-def _inspect(cubin: bytes) -> dict[str, int]:
+def _inspect(cubin: bytes, arch: int) -> dict[str, int]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -95,7 +127,7 @@ def _inspect(cubin: bytes) -> dict[str, int]:
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "vector_loads": len(re.findall(r"LDG\.E\.\S*128|LDGSTS\.E\.\S*128|UTMALDG", sass)),
-        "matrix": len(re.findall(r"\bHMMA|\bHGMMA|\bUTC\w*MMA", sass)),
+        "matrix": len(re.findall(MATRIX[arch], sass)),
     }
 
 
@@ -105,4 +137,5 @@ def _output(*command: object) -> str:
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or list(CASES)
-    print(json.dumps({name: {ARCHITECTURES[a]: compile_case(CASES[name], a) for a in ARCHITECTURES} for name in wanted}))
+    found = {name: {label: compile_case(CASES[name], a) for a, label in ARCHITECTURES.items()} for name in wanted}
+    print(json.dumps(found))

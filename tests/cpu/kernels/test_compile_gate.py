@@ -15,7 +15,7 @@ import pytest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Most registers per thread, shared bytes and stack bytes (0: nothing is spilled); fewest 128-bit loads; whether MMA is required."""
+    """Most registers per thread, shared and stack bytes (0: no spills); fewest 128-bit loads; whether MMA is needed."""
 
     registers: int
     shared: int = 4096
@@ -33,6 +33,13 @@ BUDGETS = {
     "swiglu": Budget(registers=40),
     "swiglu_backward": Budget(registers=64),
     "rope": Budget(registers=96),
+    "ring_span": Budget(registers=64),
+    "ring_step": Budget(registers=224, shared=114_000, matrix=True),
+    "ring_dq": Budget(registers=224, shared=120_000, matrix=True),
+    "ring_dkv": Budget(registers=255, shared=140_000, matrix=True),
+    "merge": Budget(registers=64),
+    "quantize": Budget(registers=64),
+    "dequantize_sum": Budget(registers=64, shared=16384),
 }
 
 
