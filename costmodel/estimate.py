@@ -178,7 +178,7 @@ def _estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, prices: Price
     ranks = _rank_work(graph, spec, rates, machine)
     m = spec.num_microbatches
     fwd, bwd, wgt, extra = ranks.forward_s, ranks.backward_s, ranks.weight_s, ranks.extra_s
-    pipe_s = float(pipeline_s(spec.schedule, fwd, bwd, wgt, m, spec.vpp, extra))
+    pipe_s = float(pipeline_s(spec.schedule, fwd, bwd, wgt, m, spec.vpp, extra, _end_s(ranks, rates)))
     total = fwd + bwd + wgt + extra
     bottleneck = int(np.argmax(total))
     sync_s = ranks.sync.total_s
@@ -233,6 +233,14 @@ def _with_ends(body: Array, rates: Rates, name: str, first: int, last: int) -> A
     body[first] += float(getattr(rates.prologue, name)[0])
     body[last] += float(getattr(rates.epilogue, name)[0])
     return body
+
+
+def _end_s(ranks: _Ranks, rates: Rates) -> Array:
+    """Seconds of each rank that prologue and epilogue take, (P,)."""
+    end = np.zeros_like(ranks.forward_s)
+    for rank, part in ((ranks.first, rates.prologue), (ranks.last, rates.epilogue)):
+        end[rank] += float(part.forward_s[0] + part.backward_s[0] + part.weight_s[0])
+    return end
 
 
 _COMPONENTS = {

@@ -115,11 +115,15 @@ def pipeline_s(
     m: ArrayLike,
     v: ArrayLike,
     extra_s: ArrayLike = 0.0,
+    end_s: ArrayLike = 0.0,
 ) -> FloatArray:
     """Seconds of the pipeline part of a step; the time arrays are (..., P), m and v broadcast over (...).
 
     `extra_s` (..., P) is recomputation and offload: it lengthens the input gradient. In the fill it counts where
     B has a positive count and is left out where the count is negative, so that recomputing more never pays.
+    `end_s` (..., P) is the part of a rank's time that lies in one of its chunks alone (embedding, head). Interleaved
+    ranks pass through their chunks together, so a round lasts sum_c max_k of the chunks' times: beside the v chunks of
+    the slowest rank, what an end's chunk takes longer than those.
     Exact for gpipe, and for even ranks with even chunks. For uneven ranks (within 2x, chunks of a rank equal,
     m >= 2p) it is mostly too long, since the fill counts every rank as if the slowest came last: measured
     against the simulator +1 to +3 % on average, +10 % at most. If F:B:W is one ratio for all ranks, 1F1B and
@@ -133,6 +137,12 @@ def pipeline_s(
         slowest = f.max(axis=-1) + (b + w + x).max(axis=-1)
         return np.asarray((np.asarray(m, float) - 1) * slowest + total.sum(axis=-1))
     top = total.max(axis=-1)
+    if kind is ScheduleKind.INTERLEAVED:
+        end, chunks = np.broadcast_to(np.asarray(end_s, float), total.shape), np.asarray(v, float)[..., None]
+        chunk = (total - end) / chunks
+        longest = chunk.max(axis=-1, keepdims=True)
+        late = np.where(end > 0, np.maximum(chunk + end - longest, 0.0), 0.0)
+        top = (chunks * longest)[..., 0] + late.sum(axis=-1)
     sum_f, sum_b, sum_w, sum_x = (t.sum(axis=-1) for t in (f, b, w, x))
     times = [
         a * top + c_f * sum_f + c_b * sum_b + c_w * sum_w + np.maximum(c_b, 0.0) * sum_x

@@ -40,11 +40,31 @@ class Solved:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Late:
+    """What an end's chunk takes longer than the chunks of the slowest rank (costmodel/pipeline.py, `pipeline_s`).
+
+    `end_P`: seconds of a rank's ends, left out of its time and counted here, 0 where the schedule has no such term;
+    `weight`: extra seconds that one such second costs.
+    """
+
+    end_P: Array
+    vpp: int
+    weight: float
+
+    def extra_s(self, time_s: Array, theta_s: float) -> Array:
+        """Extra seconds of ranks (P, ...) that take `time_s` when the slowest takes `theta_s`."""
+        end = self.end_P.reshape(-1, *(1,) * (time_s.ndim - 1))
+        longer = np.maximum((time_s - theta_s) / self.vpp + end, 0.0)
+        return np.asarray(np.where(end > 0, self.weight * longer, 0.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
     """Of every rank and piece (start, length): seconds, extra seconds with its bound, sync; inf = not allowed."""
 
     num_layers: int
     lengths_N: IntArray
+    late: Late
     base_PIN: Array
     time_PIN: Array
     extra_PIN: Array
@@ -141,17 +161,25 @@ def _sweep_theta(goal: Objective, tables: Tables, cap: float, floor: float, limi
         if goal.value(float(theta), 0.0, floor) >= limit:
             bound = min(bound, limit)
             break
-        extra, starts, picks = _least_extra(tables, allowed & (tables.time_PIN <= theta * TIE))
+        extra, starts, picks = _least_extra(tables, float(theta), allowed & (tables.time_PIN <= theta * TIE))
         bound = min(bound, goal.value(float(theta), extra, floor))
-        reached = max(float(tables.time_PIN[k, i, n]) for k, (i, n) in enumerate(zip(starts, picks, strict=True)))
         sync = _reached(tables, starts, picks)
         used = max(used, sync)
-        value = goal.value(reached, extra, sync)
+        value = _value(goal, tables, starts, picks, sync)
         if value < limit:
             best, limit = _Found(value_s=value, starts=starts, picks=picks), value
         if extra <= 0:
             break
     return _Sweep(best=best, bound_s=bound, used_s=used)
+
+
+def _value(goal: Objective, tables: Tables, starts: list[int], picks: list[int], sync_s: float) -> float:
+    """Step seconds of a partition."""
+    ranks = np.arange(len(picks))
+    time = tables.time_PIN[ranks, starts, picks]
+    theta = float(time.max())
+    extra = tables.extra_PIN[ranks, starts, picks].sum() + tables.late.extra_s(time, theta).sum()
+    return goal.value(theta, float(extra), sync_s)
 
 
 def _relaxed_bound(goal: Objective, tables: Tables, floor: float) -> float:
@@ -165,7 +193,7 @@ def _relaxed_bound(goal: Objective, tables: Tables, floor: float) -> float:
     for theta in values[_first_feasible(relaxed, allowed, values) :]:
         if goal.value(float(theta), 0.0, floor) >= bound:
             break
-        extra, _, _ = _least_extra(relaxed, allowed & (slow <= theta * TIE))
+        extra, _, _ = _least_extra(relaxed, float(theta), allowed & (slow <= theta * TIE))
         bound = min(bound, goal.value(float(theta), extra, floor))
     return bound
 
@@ -175,16 +203,20 @@ def _first_feasible(tables: Tables, allowed: NDArray[np.bool_], values: Array) -
     low, high = 0, len(values)
     while low < high:
         middle = (low + high) // 2
-        if np.isfinite(_least_extra(tables, allowed & (tables.time_PIN <= values[middle] * TIE))[0]):
+        within = allowed & (tables.time_PIN <= values[middle] * TIE)
+        if np.isfinite(_least_extra(tables, float(values[middle]), within)[0]):
             high = middle
         else:
             low = middle + 1
     return low
 
 
-def _least_extra(tables: Tables, allowed: NDArray[np.bool_]) -> tuple[float, list[int], list[int]]:
+def _least_extra(
+    tables: Tables, theta: float, allowed: NDArray[np.bool_]
+) -> tuple[float, list[int], list[int]]:
     """(least sum of extra seconds, start index, length index of every rank) by DP over end positions."""
-    cost = np.where(allowed, tables.extra_PIN, np.inf)
+    late = tables.late.extra_s(np.where(allowed, tables.time_PIN, 0.0), theta)
+    cost = np.where(allowed, tables.extra_PIN + late, np.inf)
     p, starts, _ = cost.shape
     lengths = tables.lengths_N
     layers = tables.num_layers

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner import knapsack
-from planner.bottleneck import TIE, Objective, Partition, Solved, Tables, search_caps
+from planner.bottleneck import TIE, Late, Objective, Partition, Solved, Tables, search_caps
 from planner.costmodel.pipeline import ScheduleKind, in_flight, rows
 from planner.costmodel.price import Array, Machine
 from planner.costmodel.rates import EndRates, Rates
@@ -83,6 +83,17 @@ def solve(inner: Inner, upper_s: float, slack_frac: float = 0.0) -> Solved:
     return search_caps(goal, tables, upper_s, slack_frac)
 
 
+def late_of(inner: Inner) -> Late:
+    """The ends of an interleaved schedule's first and last rank; nothing for the others."""
+    end = np.zeros(inner.pp)
+    if inner.schedule is not ScheduleKind.INTERLEAVED:
+        return Late(end_P=end, vpp=1, weight=0.0)
+    for rank, part in ((0, inner.rates.prologue), (inner.last_rank, inner.rates.epilogue)):
+        end[rank] += float(part.forward_s[0] + part.backward_s[0] + part.weight_s[0])
+    goal = objective(inner)
+    return Late(end_P=end, vpp=inner.vpp, weight=goal.a / float(goal.extra_R[0]))
+
+
 # ---- tables
 
 
@@ -114,9 +125,12 @@ def _tables(inner: Inner, theta_cap: float) -> Tables | None:
         choices.append(choice)
         extra[:, piece], lower[:, piece] = choice.extra_s, choice.lower_s
     full = (p, len(starts), len(lengths))
+    late = late_of(inner)
+    time = time - late.end_P[:, None]
     return Tables(
         num_layers=layers,
         lengths_N=lengths,
+        late=late,
         base_PIN=time[:, inverse].reshape(full),
         time_PIN=(time + extra)[:, inverse].reshape(full),
         extra_PIN=extra[:, inverse].reshape(full),
@@ -228,7 +242,7 @@ def _best_even(inner: Inner, goal: Objective, upper_s: float) -> Solved:
     best: Partition | None = None
     lower = np.inf
     flight = in_flight(inner.schedule, inner.num_microbatches, inner.pp, inner.vpp)
-    ranks = stage_ranks(inner.pp, inner.vpp, inner.schedule)
+    ranks, late = stage_ranks(inner.pp, inner.vpp, inner.schedule), late_of(inner)
     for num_layers in even_counts(len(inner.layer_classes), inner.pp, inner.vpp):
         held = np.zeros((inner.pp, inner.num_classes), np.int64)
         position = 0
@@ -242,9 +256,17 @@ def _best_even(inner: Inner, goal: Objective, upper_s: float) -> Solved:
         extra = np.array([float(c.extra_s[0]) for c in picked])
         low = np.array([float(c.lower_s[0]) for c in picked])
         delta = float(sync[own, own].max())
+        base = time[own, own] - late.end_P
+
+        def value_of(more: Array, base: Array = base, delta: float = delta) -> float:
+            theta = float((base + more).max())
+            if theta == np.inf:
+                return theta
+            return goal.value(theta, float((more + late.extra_s(base + more, theta)).sum()), delta)
+
         if not np.array_equal(low, extra):
-            lower = min(lower, goal.value(float((time[own, own] + low).max()), float(low.sum()), delta))
-        value = goal.value(float((time[own, own] + extra).max()), float(extra.sum()), delta)
+            lower = min(lower, value_of(low))
+        value = value_of(extra)
         if value < (best.step_s if best else upper_s):
             counts = np.concatenate([c.counts for c in picked])
             best = Partition(step_s=value, num_layers=num_layers, counts_PCS=counts)
