@@ -11,12 +11,14 @@ bytes, fall with bandwidth and grow with latency.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from planner.costmodel.hardware import ClusterSpec, CollectiveFit
+from planner.costmodel.measured import along
 
 Array = NDArray[np.float64]
 
@@ -66,6 +68,31 @@ def _fits(cluster: ClusterSpec, domains: tuple[int, ...], name: str) -> list[Col
     return [tier.collectives[name] for tier in cluster.tiers]
 
 
+def group_place(domains: tuple[int, ...], stride: int, size: int) -> tuple[float, ...]:
+    """Members of a (stride, size) group in one domain of each tier."""
+    return tuple(float(count) for count in _group(domains, stride, size).members)
+
+
+def group_table(name: str, members: Sequence[float]) -> str:
+    """Name of the measured table of one collective over a group with `members` in one domain of each tier."""
+    return f"{name}/{'x'.join(f'{count:g}' for count in members)}"
+
+
+def _or_measured(cluster: ClusterSpec, name: str, group: _Group, num_bytes: ArrayLike, formula_s: Array) -> Array:
+    """`formula_s`, or the measured curve for groups that lie as one that was measured."""
+    if not cluster.measured:
+        return formula_s
+    members = np.stack(np.broadcast_arrays(*group.members, formula_s)[:-1])
+    n = np.broadcast_to(np.asarray(num_bytes, np.float64), members.shape[1:])
+    seconds = np.broadcast_to(formula_s, members.shape[1:])
+    for key, table in cluster.measured.items():
+        kind, _, place = key.partition("/")
+        if kind == name:
+            here = (members == np.array([float(c) for c in place.split("x")]).reshape(-1, *[1] * n.ndim)).all(axis=0)
+            seconds = np.where(here & (n > 0), along(table, n), seconds)
+    return np.asarray(seconds, np.float64)
+
+
 def _ramp_s(fit: CollectiveFit, message_bytes: Array) -> Array:
     """Extra time of a hop whose messages leave the low-latency protocol."""
     return -fit.ramp_step_s * np.expm1(-message_bytes / fit.ramp_bytes)
@@ -103,14 +130,18 @@ def all_gather_s(
     cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
 ) -> Array:
     """Seconds to gather; `num_bytes` is the full gathered tensor on each GPU. NCCL ring: (k-1) n/k per GPU."""
-    return _ring_s(cluster, _fits(cluster, domains, "all_gather"), _group(domains, stride, size), num_bytes, 1)
+    group = _group(domains, stride, size)
+    formula_s = _ring_s(cluster, _fits(cluster, domains, "all_gather"), group, num_bytes, 1)
+    return _or_measured(cluster, "all_gather", group, num_bytes, formula_s)
 
 
 def reduce_scatter_s(
     cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, stride: ArrayLike, size: ArrayLike
 ) -> Array:
     """Seconds to reduce-scatter; `num_bytes` is the full tensor before it. NCCL ring: (k-1) n/k per GPU."""
-    return _ring_s(cluster, _fits(cluster, domains, "reduce_scatter"), _group(domains, stride, size), num_bytes, 1)
+    group = _group(domains, stride, size)
+    formula_s = _ring_s(cluster, _fits(cluster, domains, "reduce_scatter"), group, num_bytes, 1)
+    return _or_measured(cluster, "reduce_scatter", group, num_bytes, formula_s)
 
 
 def all_reduce_s(
@@ -118,10 +149,10 @@ def all_reduce_s(
 ) -> Array:
     """Seconds to all-reduce `num_bytes` per GPU: the fastest of ring, tree across domains, and in-switch (NVLS)."""
     fits, group = _fits(cluster, domains, "all_reduce"), _group(domains, stride, size)
-    ring = _ring_s(cluster, fits, group, num_bytes, 2)
-    if cluster.backend == "gloo":
-        return ring
-    return np.minimum(ring, _tree_s(cluster, fits, group, num_bytes))
+    formula_s = _ring_s(cluster, fits, group, num_bytes, 2)
+    if cluster.backend != "gloo":
+        formula_s = np.minimum(formula_s, _tree_s(cluster, fits, group, num_bytes))
+    return _or_measured(cluster, "all_reduce", group, num_bytes, formula_s)
 
 
 def _tree_s(cluster: ClusterSpec, fits: list[CollectiveFit], group: _Group, num_bytes: ArrayLike) -> Array:
@@ -168,7 +199,7 @@ def all_to_all_s(
         sent = chunk * np.where(crossing > 0, crossing + fit.fill_steps, 0.0)
         wire = np.maximum(wire, sent / _rate(cluster, tier, fit.efficiency, group.members[tier]))
         way = way + (group.members[tier] - inner) * (fit.step_s + _ramp_s(fit, chunk))
-    return np.asarray(wire + way, np.float64)
+    return _or_measured(cluster, "all_to_all", group, num_bytes, np.asarray(wire + way, np.float64))
 
 
 def send_recv_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: ArrayLike, distance: ArrayLike) -> Array:
@@ -180,6 +211,8 @@ def send_recv_s(cluster: ClusterSpec, domains: tuple[int, ...], num_bytes: Array
     for tier, fit in enumerate(fits):
         here = (away > 0) & (away >= inner)
         seconds = fits[0].base_s + fit.step_s + _ramp_s(fit, n) + n / _rate(cluster, tier, fit.efficiency, np.ones(()))
+        table = cluster.measured.get(f"send_recv/{cluster.tiers[tier].name}")
+        seconds = seconds if table is None else along(table, n)
         time = np.where(here, np.maximum(time, seconds), time)
         inner = domains[tier]
     return time

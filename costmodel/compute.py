@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from planner.costmodel.evidence import Source
 from planner.costmodel.hardware import FUSED_ATTENTION, AttentionFit, DeviceSpec, GemmFit
+from planner.costmodel.measured import along, between
 
 Array = NDArray[np.float64]
 
@@ -79,7 +80,8 @@ def gemm_s(
     width = DTYPE_BYTES[dtype]
     traffic_s = (b_ * (m_ + n_) * k_ * width + output * max(width, 2)) / hbm
     quantise_s = b_ * m_ * k_ * (_QUANTISE_BYTES / hbm) if dtype == "float8" else 0.0
-    return np.asarray(fit.overhead_s + np.maximum(math_s, traffic_s) + quantise_s, np.float64)
+    seconds = np.asarray(fit.overhead_s + np.maximum(math_s, traffic_s) + quantise_s, np.float64)
+    return between(device.measured.get(f"gemm/{dtype}"), (b_, m_, n_, k_), seconds)
 
 
 def _waves(rounds: Array, quantum: float) -> Array:
@@ -113,7 +115,8 @@ def attention_s(
     )
     if implementation in FUSED_ATTENTION:
         fit = device.attention.get(implementation, device.attention["flash"])
-        return _flash_s(device, dtype, fit, arrays, backward)
+        seconds = _flash_s(device, dtype, fit, arrays, backward)
+        return _attention_between(device, dtype, arrays, backward, seconds)
     if implementation == "unfused":
         return _unfused_s(device, dtype, arrays, backward)
     raise ValueError(
@@ -140,6 +143,21 @@ def _flash_s(device: DeviceSpec, dtype: str, fit: AttentionFit, arrays: tuple[Ar
     elements = batch * (heads * q_len * (d_qk + d_v) * passes + kv_heads * kv_len * (d_qk + d_v) * passes)
     floor = DTYPE_BYTES[use] * elements / (device.hbm_bytes_per_s.value * device.memory.hbm_frac)
     return fit.overhead_s + np.maximum(flops / rate, floor)
+
+
+def attention_table(dtype: str, causal: bool, backward: bool) -> str:
+    """Name of the measured table of fused attention."""
+    return f"attention/{dtype}/{'causal' if causal else 'full'}/{'backward' if backward else 'forward'}"
+
+
+def _attention_between(
+    device: DeviceSpec, dtype: str, arrays: tuple[Array, ...], backward: bool, formula_s: Array
+) -> Array:
+    causal = arrays[-1] < 1
+    for masked in (True, False):
+        table = device.measured.get(attention_table(dtype, masked, backward))
+        formula_s = np.where(causal == masked, between(table, arrays[:-1], formula_s), formula_s)
+    return formula_s
 
 
 def _unfused_s(device: DeviceSpec, dtype: str, arrays: tuple[Array, ...], backward: bool) -> Array:
@@ -171,10 +189,15 @@ def memory_bound_s(device: DeviceSpec, num_bytes: ArrayLike, num_kernels: ArrayL
     """Seconds of `num_kernels` kernels that read and write `num_bytes` in all: kernels * latency + bytes / rate.
 
     Device time only; what an eager loop adds when the host is slower is `kernel_launch_s` per kernel, which the
-    caller compares with this.
+    caller compares with this. Where a kernel's size was measured, its time stands for both terms.
     """
     rate = device.hbm_bytes_per_s.value * device.memory.hbm_frac
-    return np.asarray(_f(num_kernels) * device.memory.latency_s + _f(num_bytes) / rate, np.float64)
+    seconds = np.asarray(_f(num_kernels) * device.memory.latency_s + _f(num_bytes) / rate, np.float64)
+    table = device.measured.get("memory")
+    if table is None:
+        return seconds
+    each = _f(num_bytes) / np.maximum(_f(num_kernels), 1)
+    return np.where(_f(num_kernels) > 0, _f(num_kernels) * along(table, each), seconds)
 
 
 def optimizer_s(device: DeviceSpec, num_params: ArrayLike, bytes_per_param: ArrayLike) -> Array:
@@ -188,4 +211,6 @@ def optimizer_s(device: DeviceSpec, num_params: ArrayLike, bytes_per_param: Arra
 def host_copy_s(device: DeviceSpec, num_bytes: ArrayLike) -> Array:
     """Seconds to copy between device and pinned host memory, one direction: launch + bytes / link rate."""
     started = device.kernel_launch_s * (_f(num_bytes) > 0)
-    return np.asarray(started + _f(num_bytes) / device.host_link_bytes_per_s.value, np.float64)
+    seconds = np.asarray(started + _f(num_bytes) / device.host_link_bytes_per_s.value, np.float64)
+    table = device.measured.get("copy")
+    return seconds if table is None else np.where(_f(num_bytes) > 0, along(table, num_bytes), 0.0)

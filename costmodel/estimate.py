@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from planner.costmodel import compute
 from planner.costmodel.cost import CostBreakdown, MemoryBreakdown, leaf, node
 from planner.costmodel.engine import EngineSpec
-from planner.costmodel.evidence import Source, weakest
+from planner.costmodel.evidence import Source
 from planner.costmodel.facts import LayerFacts, layer_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.layer_times import component_evidence, scaled_to_measured
 from planner.costmodel.pipeline import in_flight, pipeline_s
-from planner.costmodel.price import Array, Keys, Machine, price_layer
+from planner.costmodel.price import Array, Keys, Machine
 from planner.costmodel.rates import Prices, Rates, build_rates
 from planner.costmodel.state import StateLayout, StepSync, step_sync
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES, PlanSpec
@@ -62,7 +62,15 @@ class Estimate:
 
 
 def machine_for(graph: ModelGraph, cluster: ClusterSpec, engine: EngineSpec, num_gpus: int) -> Machine:
-    """The machine that `num_gpus` GPUs of `cluster` make under `engine`; ValueError if they fill no whole nodes."""
+    """The machine that `num_gpus` GPUs of `cluster` make under `engine`; ValueError if they fill no whole nodes.
+
+    A model in float32 has no copies in other widths (weight, gradient, two moments: 16 bytes a parameter), and a
+    CPU no context of a driver.
+    """
+    if graph.dtype == "float32":
+        engine = replace(engine, weight_bytes=4.0, grad_bytes=4.0, reduce_bytes=4.0, optimizer_bytes=8.0)
+    if cluster.device.name == "cpu":
+        engine = replace(engine, context_bytes=0.0)
     return Machine(
         cluster=cluster,
         domains=cluster.domain_sizes(num_gpus),
@@ -94,9 +102,9 @@ def model_facts(graph: ModelGraph, engine: EngineSpec) -> ModelFacts:
 def price_model(facts: ModelFacts, keys: Keys, machine: Machine) -> Prices:
     """Price every class of a model at K keys."""
     return Prices(
-        prologue=price_layer(facts.prologue, keys, machine),
-        classes=tuple(price_layer(f, keys, machine) for f in facts.classes),
-        epilogue=price_layer(facts.epilogue, keys, machine),
+        prologue=scaled_to_measured(facts.prologue, keys, machine),
+        classes=tuple(scaled_to_measured(f, keys, machine) for f in facts.classes),
+        epilogue=scaled_to_measured(facts.epilogue, keys, machine),
     )
 
 
@@ -170,11 +178,14 @@ def estimate_many(
     pp, vpp = _column(s.pp for s in specs), _column(s.vpp for s in specs)
     rates = build_rates(graph, prices, spec_layout(*specs), pp, vpp, machine)
     return [
-        _estimate(graph, machine, spec, prices.take(np.array([k])), rates.column(k)) for k, spec in enumerate(specs)
+        _estimate(graph, machine, spec, facts, prices.take(np.array([k])), rates.column(k))
+        for k, spec in enumerate(specs)
     ]
 
 
-def _estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, prices: Prices, rates: Rates) -> Estimate:
+def _estimate(
+    graph: ModelGraph, machine: Machine, spec: PlanSpec, facts: ModelFacts, prices: Prices, rates: Rates
+) -> Estimate:
     ranks = _rank_work(graph, spec, rates, machine)
     m = spec.num_microbatches
     fwd, bwd, wgt, extra = ranks.forward_s, ranks.backward_s, ranks.weight_s, ranks.extra_s
@@ -185,7 +196,9 @@ def _estimate(graph: ModelGraph, machine: Machine, spec: PlanSpec, prices: Price
     parts = _parts(ranks, bottleneck, prices, rates)
     parts["p2p"] = 2 * float(rates.p2p_s_K[0]) * spec.vpp
     sync = {f.name: float(getattr(ranks.sync, f.name)[np.argmax(sync_s)]) for f in fields(StepSync)}
-    tree = _breakdown(parts, sync, m, pipe_s - m * float(total[bottleneck]), rates, machine)
+    layers = (facts.prologue, *facts.classes, facts.epilogue)
+    sources = component_evidence(layers, spec_keys(spec), machine)
+    tree = _breakdown(parts, sync, m, pipe_s - m * float(total[bottleneck]), rates, sources)
     memory = _memory(ranks, rates, in_flight(spec.schedule, m, spec.pp, spec.vpp))
     return Estimate(
         breakdown=tree,
@@ -274,40 +287,35 @@ def _parts(ranks: _Ranks, p: int, prices: Prices, rates: Rates) -> dict[str, flo
 
 
 def _breakdown(
-    parts: dict[str, float], sync: dict[str, float], m: int, bubble_s: float, rates: Rates, machine: Machine
+    parts: dict[str, float],
+    sync: dict[str, float],
+    m: int,
+    bubble_s: float,
+    rates: Rates,
+    sources: Mapping[str, Source],
 ) -> CostBreakdown:
-    gemm = compute.gemm_evidence(machine.cluster.device, machine.dtype)
-    modelled = Source.MODELLED
-    link = weakest(fit.evidence for tier in machine.cluster.tiers for fit in tier.collectives.values())
-    part = {name: m * value for name, value in parts.items()}
+    def part(name: str) -> CostBreakdown:
+        return leaf(name, m * parts[name], sources[name])
+
+    link = sources["link"]
     return node(
         "step",
-        node(
-            "compute",
-            leaf("gemm", part["gemm"], gemm),
-            leaf("attention", part["attention"], modelled),
-            leaf("memory_bound", part["memory_bound"], modelled),
-            leaf("launch", part["launch"], modelled),
-            leaf("recompute", part["recompute"], modelled),
-        ),
+        node("compute", *(part(name) for name in ("gemm", "attention", "memory_bound", "launch", "recompute"))),
         node(
             "exposed_comm",
-            leaf("tp", part["tp"], link),
-            leaf("cp", part["cp"], link),
-            leaf("ep", part["ep"], link),
-            leaf("p2p", part["p2p"], link),
-            leaf("zero_per_microbatch", part["zero"], link),
+            *(leaf(name, m * parts[name], link) for name in ("tp", "cp", "ep", "p2p")),
+            leaf("zero_per_microbatch", m * parts["zero"], link),
             leaf("grad_reduce", sync["reduce_s"], link),
             leaf("param_gather", sync["gather_s"], link),
             leaf("step_sync", float(rates.step_s_K[0]), link),
         ),
-        leaf("bubble", bubble_s, modelled),
+        leaf("bubble", bubble_s, Source.MODELLED),
         node(
             "optimizer",
-            leaf("update", sync["optimizer_s"], modelled),
-            leaf("host_offload", sync["host_s"], modelled),
+            leaf("update", sync["optimizer_s"], sources["optimizer"]),
+            leaf("host_offload", sync["host_s"], Source.MODELLED),
         ),
-        leaf("activation_offload", part["offload"], modelled),
+        leaf("activation_offload", m * parts["offload"], Source.MODELLED),
     )
 
 

@@ -13,7 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from planner.costmodel.evidence import Quantity, Source
@@ -108,6 +108,22 @@ class MemoryFit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Measured seconds at sizes `dims`, a row each, ascending; larger in every axis is never faster."""
+
+    axes: tuple[str, ...]
+    dims: tuple[tuple[float, ...], ...]
+    time_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.dims) == len(self.time_s) > 0, "measured table: needs one time a row, and a row")
+        _require(all(len(row) == len(self.axes) for row in self.dims), "measured table: a row needs one size an axis")
+        for row, time_s in zip(self.dims, self.time_s, strict=True):
+            ok = all(math.isfinite(size) and size > 0 for size in (*row, time_s))
+            _require(ok, f"measured table: sizes and times must be > 0, not {row!r}, {time_s!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
     """One accelerator. `memory_bytes` is what the driver lets one process address, not the marketing size."""
 
@@ -122,6 +138,7 @@ class DeviceSpec:
     gemm: Mapping[str, GemmFit]  # by dtype; a missing dtype borrows bfloat16, float16 or the first
     attention: Mapping[str, AttentionFit]  # by kernel of FUSED_ATTENTION; "flash" is always there
     memory: MemoryFit
+    measured: Mapping[str, Table] = field(default_factory=dict)  # by kernel, see costmodel.measured; from a profile
 
     def __post_init__(self) -> None:
         label = f"device {self.name!r}"
@@ -209,6 +226,7 @@ class ClusterSpec:
     backend: str
     price_per_gpu_hour: Quantity | None  # US dollars
     notes: str
+    measured: Mapping[str, Table] = field(default_factory=dict)  # by collective and group; from a profile
 
     def __post_init__(self) -> None:
         label = f"cluster {self.name!r}"
@@ -253,16 +271,21 @@ def _largest_part(total: int, limit: int, quantum: int) -> int:
 
 
 def to_dict(value: Any) -> Any:
-    """A record as JSON data; evidence is written by name."""
+    """A record as JSON data; evidence is written by name, a collection that is empty by default is left out."""
     if isinstance(value, Source):
         return value.name
     if is_dataclass(value):
-        return {field.name: to_dict(getattr(value, field.name)) for field in fields(value)}
+        present = [f for f in fields(value) if not _optional(f) or getattr(value, f.name)]
+        return {f.name: to_dict(getattr(value, f.name)) for f in present}
     if isinstance(value, Mapping):
         return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [to_dict(item) for item in value]
     return value
+
+
+def _optional(one: Field[Any]) -> bool:
+    return one.default_factory is not MISSING
 
 
 def from_dict(kind: Any, data: Any, where: str) -> Any:
@@ -294,9 +317,9 @@ def _record_from_dict(kind: Any, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(data) - set(hints))
     _require(not unknown, f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(hints)}")
-    missing = [name for name in hints if name not in data]
+    missing = [f.name for f in fields(kind) if f.name not in data and not _optional(f)]
     _require(not missing, f"{where}: missing key {', '.join(missing)}")
-    return kind(**{name: from_dict(hint, data[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: from_dict(hints[name], item, f"{where}.{name}") for name, item in data.items()})
 
 
 def cluster_to_dict(cluster: ClusterSpec) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Ar
     device = machine.cluster.device
     totals = [np.zeros_like(keys.tp) for _ in range(3)]
     for op in facts.matmuls:
-        batch, m, n, k = _sharded_gemm(op, keys)
+        batch, m, n, k = rank_gemm(op, keys)
         dtype, slower = _gemm_dtype(op, machine)
         totals[0] = totals[0] + slower * compute.gemm_s(device, dtype, batch, m, n, k)
         if op.backward_flops == 0:
@@ -229,7 +229,7 @@ def _gemm_dtype(op: Op, machine: Machine) -> tuple[str, float]:
     return ("float8", 1.0) if narrow else ("bfloat16", IN_STEP_GEMM)
 
 
-def _sharded_gemm(op: Op, keys: Keys) -> tuple[Array, Array, Array, Array]:
+def rank_gemm(op: Op, keys: Keys) -> tuple[Array, Array, Array, Array]:
     """(batch, m, n, k) of one rank: tokens in m, TP in n (column, vocab), k (row) or the batch (heads)."""
     assert op.gemm is not None
     one = np.ones_like(keys.tp)
