@@ -91,6 +91,11 @@ class ShardedAdamW:
         dist.all_reduce(total)
         return float(total.sqrt())
 
+    def publish(self) -> None:
+        """Copy masters on the host to the device's parameters; on the device they are the same memory."""
+        for item in self.owned if self.offload else ():
+            local(item.param).detach().copy_(self.masters[item.name].detach())
+
     def step(self, lr: float | None = None) -> float:
         """Clip and update; returns the gradient's norm before clipping. Gradients are cleared."""
         norm = self.grad_norm()
@@ -103,9 +108,8 @@ class ShardedAdamW:
             master, grad = self.masters[item.name], local(item.param.grad)
             master.grad = (grad if scale == 1.0 else grad * scale).to(master.device, master.dtype)
         self.inner.step()
+        self.publish()
         for item in self.owned:
-            if self.offload:
-                local(item.param).detach().copy_(self.masters[item.name].detach())
             item.param.grad = None
             self.masters[item.name].grad = None
         return norm

@@ -36,6 +36,7 @@ def shard(
     assert isinstance(module, FSDPModule)
     if hasattr(module, "set_reduce_scatter_unused_params"):  # an expert without tokens must not break the collective
         module.set_reduce_scatter_unused_params(True)
+    module.set_force_sum_reduction_for_comms(True)
     module.set_gradient_divide_factor(1.0)  # the loss is already per token of the whole batch: sum, not mean
 
 

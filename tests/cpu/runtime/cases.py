@@ -152,3 +152,17 @@ def describe(plan: PlanSpec) -> str:
     shown = {k: v for k, v in msgspec.to_builtins(plan).items() if k not in ("stage_layers", "layers")}
     plain = {k: v for k, v in msgspec.to_builtins(spec()).items()}
     return " ".join(f"{k}={v}" for k, v in shown.items() if v != plain[k])
+
+
+def plan_of(model: str, plan: PlanSpec, graph=None):
+    """The Plan of a spec, priced for H100s."""
+    from planner.build import Job, build_plan
+    from planner.costmodel.engine import get_engine
+    from planner.costmodel.estimate import machine_for
+    from planner.costmodel.presets import load_cluster
+    from planner.runtime.support import reasons
+
+    graph = graph or graph_of(model)
+    machine = machine_for(graph, load_cluster("h100"), get_engine("planner"), plan.num_gpus)
+    job = Job(graph=graph, machine=machine, global_batch_size=plan.global_batch_size, memory_margin_frac=0.05)
+    return build_plan(job, plan, "test", reasons(plan))

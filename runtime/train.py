@@ -1,0 +1,185 @@
+"""train: a plan and a model file become a training run with data, metrics, checkpoints and resumption."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+    from planner.runtime.checkpoint import Checkpoints
+    from planner.runtime.data import Batches
+    from planner.runtime.model_source import Source
+    from planner.runtime.parallel import Parallel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("model", help="model.py, model.py:function or config.json; its code runs with your rights")
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json of `planner search`")
+    parser.add_argument("--data", type=Path, help="tokens: .npy, or raw uint16; default: model.py's train_dataset()")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all, also after resuming")
+    parser.add_argument("--out", type=Path, default=Path("run"), help="folder of metrics and checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up; cosine decay to 10 % follows")
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--max-grad-norm", type=float, default=1.0)
+    parser.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="0 = only at the end")
+    parser.add_argument("--keep", type=int, default=3, help="checkpoints to keep")
+    parser.add_argument(
+        "--resume", choices=("auto", "never"), default="auto", help="auto: from the last commit in --out"
+    )
+    parser.add_argument(
+        "--on-mismatch", choices=("refuse", "warn"), default="refuse",
+        help="when the model file is not the one that the plan was made from",
+    )  # fmt: skip
+    parser.add_argument("--print-every", type=int, default=1, metavar="STEPS")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="how long a rank waits for the others")
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up to `peak`, then cosine decay to a tenth of it (Loshchilov and Hutter 2017, arXiv 1608.03983)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train; returns 0. UserErrors say in one line what is wrong."""
+    from planner.files import read_plan
+    from planner.runtime.model_source import load_source
+
+    plan = read_plan(args.plan)
+    source = load_source(args.model, args.seed)
+    _check_source(plan, source, args)
+    import torch.distributed as dist
+
+    started = not dist.is_initialized()
+    device = _start(args.timeout_s)
+    parallel = _apply(plan, source, args, device)
+    from planner.runtime.checkpoint import Checkpoints
+
+    if dist.get_rank() == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
+    _loop(parallel, plan, _batches(plan, source, args), checkpoints, args)
+    if started:
+        dist.destroy_process_group()
+    return 0
+
+
+def _check_source(plan: Plan, source: Source, args: argparse.Namespace) -> None:
+    from planner.errors import StalePlanError
+
+    if source.sha256 == plan.inputs.source_sha256:
+        return
+    text = (
+        f"{args.plan}: made from a model file of sha256 {plan.inputs.source_sha256[:12]}, {args.model} has "
+        f"{source.sha256[:12]}"
+    )
+    if args.on_mismatch == "refuse":
+        raise StalePlanError(f"{text}: search again, or pass --on-mismatch warn if the model is the same")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}; going on as asked", flush=True)
+
+
+def _start(timeout_s: float) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from planner.runtime.errors import RuntimePlanError
+
+    if dist.is_initialized():
+        return torch.device("cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    try:
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise RuntimePlanError(f"the ranks did not meet at {where}: {reason}; is the port in use?") from None
+    return device
+
+
+def _apply(plan: Plan, source: Source, args: argparse.Namespace, device: Any) -> Parallel:
+    import torch
+
+    from planner.runtime.apply import parallelize_plan
+    from planner.runtime.optimizer import AdamWConfig
+
+    low = source.dtype in (torch.bfloat16, torch.float16)
+    model = source.model.to(torch.float32 if low else source.dtype).train()  # masters are float32 under low precision
+    adamw = AdamWConfig(lr=args.lr, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm)
+    return parallelize_plan(model, plan, device=device, precision=source.dtype if low else None, adamw=adamw)
+
+
+def _batches(plan: Plan, source: Source, args: argparse.Namespace) -> Batches:
+    from planner.runtime.data import Batches, TokenFile
+    from planner.runtime.errors import RuntimePlanError
+
+    inputs = plan.inputs
+    if args.data is not None:
+        data: Any = TokenFile(args.data, inputs.seq_len)
+    elif source.dataset is not None:
+        data = source.dataset()
+    else:
+        raise RuntimePlanError(f"no data: pass --data tokens.npy or define train_dataset() in {args.model}")
+    vocab = inputs.graph.vocab_size
+    return Batches(data, inputs.seq_len, inputs.global_batch_size, args.seed, vocab)
+
+
+def _resume(parallel: Parallel, checkpoints: Checkpoints, args: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
+    from planner.runtime.checkpoint import committed
+
+    found = [str(committed(checkpoints.folder)[-1])] if committed(checkpoints.folder) else [""]
+    dist.broadcast_object_list(found)
+    if args.resume == "never" or not found[0]:
+        return 0
+    facts = checkpoints.load(parallel, Path(found[0]))
+    if dist.get_rank() == 0:
+        print(f"resumed from {found[0]} at step {facts['step']}", flush=True)
+    return int(facts["step"])
+
+
+def _loop(parallel: Parallel, plan: Plan, batches: Batches, checkpoints: Checkpoints, args: argparse.Namespace) -> None:
+    import torch
+
+    from planner.plan import plan_body
+    from planner.runtime.errors import TrainingError
+    from planner.runtime.measure import Metrics
+
+    size = plan.inputs.global_batch_size
+    first = _resume(parallel, checkpoints, args)
+    metrics = Metrics(args.out, plan, parallel.device, args.print_every)
+    digest = plan_body(plan)["sha256"]
+    for step in range(first, args.steps):
+        torch.manual_seed(hash((args.seed, step, parallel.mesh.position["dp"])) % 2**63)
+        tokens, labels = batches.rank_slice(step * size, parallel.mesh.position["dp"], parallel.spec.dp)
+        lr = learning_rate(step, args.steps, args.lr, args.warmup)
+        result = parallel.step(tokens.to(parallel.device), labels.to(parallel.device), lr)
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            raise TrainingError(
+                f"loss is {result.loss}, gradient norm {result.grad_norm} at step {step + 1}: nothing was saved after "
+                "the last checkpoint; lower --lr or look at the data"
+            )
+        metrics.step(step + 1, result.loss, result.grad_norm, lr, result.num_tokens)
+        done = step + 1
+        if done == args.steps or args.save_every and done % args.save_every == 0:
+            facts = {"step": done, "samples": done * size, "optimizer_steps": done, "seed": args.seed, "plan": digest}
+            checkpoints.save(parallel, facts)
+    checkpoints.wait()
+    metrics.finish()

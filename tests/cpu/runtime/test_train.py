@@ -1,0 +1,140 @@
+"""Training runs: the same curve under any plan, resumption under any plan, bad input in one line, killed ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import _SP, _V, case, plan_of, spec  # noqa: E402, F401
+from worlds import free_port, run_world  # noqa: E402
+
+from planner.costmodel.pipeline import ScheduleKind  # noqa: E402
+from planner.plan import encode_plan  # noqa: E402
+from planner.profiler.trace import trace_model  # noqa: E402
+
+MODEL = Path(__file__).with_name("train_model.py")
+PLANS = {
+    "tp2 pp2": spec(tp=2, pp=2, **_SP),
+    "zero3": spec(dp_shard=4, zero_stage=3, recompute="full"),
+    "zb_v tp2": spec(tp=2, **_V),
+    "ring tp2 offload": spec(tp=2, ring=2, zero_stage=1, offload_optimizer=True),
+    "hybrid": spec(dp_replicate=2, dp_shard=2, zero_stage=2, micro_batch_size=2),
+}
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("plans")
+    graph = trace_model(str(MODEL), seq_len=16)
+    found = {}
+    for name, plan in {**PLANS, "one": spec()}.items():
+        path = folder / f"{name}.json"
+        path.write_bytes(encode_plan(plan_of("", plan, graph)))
+        found[name] = str(path)
+    return found
+
+
+def arguments(plan: str, out: Path, steps: int, *more: str) -> list[str]:
+    return [str(MODEL), "--plan", plan, "--out", str(out), "--steps", str(steps), "--lr", "3e-3", "--warmup", "2", *more]
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_plan_learns_alike_and_resumes_any_other(plans: dict[str, str], tmp_path: Path) -> None:
+    """One curve under five plans and one process; a checkpoint goes on under each of the others."""
+    runs: list[object] = [arguments(p, tmp_path / n, 6, "--save-every", "3") for n, p in plans.items() if n != "one"]
+    first = tmp_path / "tp2 pp2/checkpoints/step-00000003"
+    for name in (*PLANS, "again"):
+        target = tmp_path / f"resumed {name}"
+        runs.append(["copy", str(first), str(target / "checkpoints/step-00000003")])
+        runs.append(arguments(plans["tp2 pp2" if name == "again" else name], target, 6))
+    assert all(not message for rank in run_world(4, "train_rank.run", runs) for message in rank)
+    alone = [
+        arguments(plans["one"], tmp_path / "one", 6),
+        ["copy", str(first), str(tmp_path / "resumed one/checkpoints/step-00000003")],
+        arguments(plans["one"], tmp_path / "resumed one", 6),
+    ]
+    assert run_world(1, "train_rank.run", alone) == [["", ""]]
+    reference = losses(tmp_path / "one")
+    assert reference[-1] < reference[0]
+    for name in PLANS:
+        assert losses(tmp_path / name) == pytest.approx(reference, rel=1e-5), name
+    for name in (*PLANS, "one"):
+        assert losses(tmp_path / f"resumed {name}") == pytest.approx(reference[3:], rel=1e-5), name
+    assert losses(tmp_path / "resumed again") == losses(tmp_path / "tp2 pp2")[3:]  # same plan: to the last bit
+    record = json.loads((tmp_path / "zero3/run.json").read_text())
+    assert record["decisions"]["zero_stage"] == 3 and len(record["peak_memory_bytes"]) == 4
+    assert [p.name for p in sorted((tmp_path / "zero3/checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+
+
+def test_bad_input_is_one_line(plans: dict[str, str], tmp_path: Path) -> None:
+    """Wrong world, wrong model, damaged checkpoints, bad data."""
+    good = tmp_path / "good"
+    tokens = tmp_path / "tokens.npy"
+    np.save(tokens, np.zeros(5, dtype=np.int32))
+    huge = tmp_path / "huge.npy"
+    np.save(huge, np.full(4000, 5000, dtype=np.int32))
+    assert run_world(1, "train_rank.run", [arguments(plans["one"], good, 2)]) == [[""]]
+    broken = tmp_path / "broken"
+    subprocess.run(["cp", "-r", str(good), str(broken)], check=True)
+    shard = next((broken / "checkpoints/step-00000002").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
+    foreign = tmp_path / "foreign/checkpoints/step-00000002"
+    foreign.mkdir(parents=True)
+    (foreign / "planner.json").write_text("{}")
+    runs = [
+        arguments(plans["zero3"], tmp_path / "a", 3),
+        arguments(plans["one"], broken, 3),
+        arguments(plans["one"], tmp_path / "foreign", 3),
+        arguments(plans["one"], tmp_path / "b", 3, "--data", str(tokens)),
+        arguments(plans["one"], tmp_path / "c", 3, "--data", str(huge)),
+        arguments(plans["one"], tmp_path / "d", 3, "--lr", "1e30", "--max-grad-norm", "0"),
+        [str(MODEL.with_name("parity_models.py")) + ":llama", *arguments(plans["one"], tmp_path / "e", 3)[1:]],
+    ]
+    (found,) = run_world(1, "train_rank.run", runs)
+    wanted = [
+        ("2", "the plan is for 4 ranks (dp_shard 4), torchrun started 1"),
+        ("2", "cannot be read"),
+        ("2", "not a planner.checkpoint/1"),
+        ("1", "less than one sequence"),
+        ("1", "holds token 5000, the vocabulary has 96"),
+        ("1", "nothing was saved after"),
+        ("4", "search again"),
+    ]
+    assert len(found) == len(wanted)
+    for message, (code, text) in zip(found, wanted, strict=True):
+        assert message.startswith(code) and text in message and "\n" not in message, message
+
+
+def test_a_killed_rank_restarts_from_the_last_commit(plans: dict[str, str], tmp_path: Path) -> None:
+    """SIGKILL in the middle of a step under torchrun: the restarted run ends with the curve of an unbroken one."""
+    bomb = tmp_path / "bomb"
+    bomb.write_text("37")  # samples that rank 1 reads before it dies: in its fifth step
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+        "--master-port", str(free_port()), "-m", "planner.runtime", "train",
+    ]  # fmt: skip
+    plan = tmp_path / "two.json"
+    two = spec(pp=2, schedule=ScheduleKind.ZB_H1)
+    plan.write_bytes(encode_plan(plan_of("", two, trace_model(str(MODEL), seq_len=16))))
+    env = {**os.environ, "TEST_BOMB": str(bomb), "OMP_NUM_THREADS": "1"}
+    args = arguments(str(plan), tmp_path / "killed", 6, "--save-every", "2")
+    done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not bomb.exists()
+    assert "resumed from" in done.stdout
+    unbroken = arguments(str(plan), tmp_path / "unbroken", 6)
+    assert run_world(2, "train_rank.run", [unbroken]) == [[""], [""]]
+    seen = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
+    last = {row["step"]: row["loss"] for row in seen}  # the line of a repeated step that came last
+    assert [last[step] for step in range(1, 7)] == losses(tmp_path / "unbroken")
