@@ -1,0 +1,233 @@
+"""Dispatcher: valid for any batch, exact bounds on tiny ones by brute force, small gaps on published lengths."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.costmodel.sequences import GroupCost, Menu, length_grid
+from planner.costmodel.strategy import LayerStrategy
+from planner.dispatch import Dispatch, DoesNotFit, dispatch, static_dispatch, token_weights
+from planner.distributions import named
+from planner.placing import bound_s, table_of
+
+# Published constants of FlexSP's solver for GPT-7B (SYSTEMS.md 3.11): ms, MB a token, GB/s of an all-to-all.
+A1_MS, A2_MS, BETA_MS, ACT_MB, LAYERS, HIDDEN, PARAMS, GPU_GB = 5.128e-6, 0.18396, 629.0, 4.48, 32, 4096, 6.7e9, 30
+ALL_TO_ALL = {2: 119.5, 4: 104.1, 8: 96.5, 16: 10.3, 32: 5.9}
+NONE = LayerStrategy(recompute="none")
+
+
+def flexsp_menu(num_ranks: int) -> Menu:
+    """FlexSP's cost model with degree 1 allowed."""
+    room = int((GPU_GB * 1024 - 16 * PARAMS / num_ranks / 2**20) / ACT_MB)
+    grid, groups, degree = length_grid(2**20), [], 1
+    while degree <= num_ranks:
+        comm = 16 * LAYERS * HIDDEN / (2**20 * degree * ALL_TO_ALL.get(degree, 4.9)) if degree > 1 else 0.0
+        per_token = ((A1_MS * grid + A2_MS) / degree + comm) / 1000
+        groups.append(
+            GroupCost(ulysses=degree, ring=1, strategy=NONE, fixed_s=BETA_MS / 1000, grid_G=grid,
+                      per_token_s_G=per_token, capacity_tokens=float(room * degree))
+        )  # fmt: skip
+        degree *= 2
+    return Menu(groups=tuple(groups), num_ranks=num_ranks, lockstep=True, pp=1, step_s=0.05)
+
+
+def toy_menu(num_ranks: int, *, room: float = 100.0, fixed: float = 1.0, lockstep: bool = True, pp: int = 1) -> Menu:
+    """Degree d: (s^2/20 + s)/d seconds plus a tenth of s per doubling, `room` tokens a rank."""
+    grid = np.arange(16.0, 1025.0)
+    groups = tuple(
+        GroupCost(ulysses=d, ring=1, strategy=NONE, fixed_s=fixed, grid_G=grid,
+                  per_token_s_G=(grid / 20 + 1) / d + 0.1 * math.log2(d) / d, capacity_tokens=room * d)
+        for d in (1, 2, 4, 8) if d <= num_ranks
+    )  # fmt: skip
+    return Menu(groups=groups, num_ranks=num_ranks, lockstep=lockstep, pp=pp, step_s=0.0)
+
+
+def never() -> float:
+    """A clock that stands still: no time limit, so that answers are reproducible."""
+    return 0.0
+
+
+def check(menu: Menu, lengths: np.ndarray, found: Dispatch) -> None:
+    """What any dispatch must satisfy, by arithmetic of its own."""
+    seen = sorted(i for step in found.steps for group in step.groups for part in group.micro_batches for i in part)
+    assert seen == list(range(len(lengths)))
+    total = 0.0
+    for step in found.steps:
+        ranks: list[int] = []
+        slowest = 0.0
+        for group in step.groups:
+            kind = menu.groups[group.kind]
+            assert group.first_rank % kind.ranks == 0
+            ranks += range(group.first_rank, group.first_rank + kind.ranks)
+            times = []
+            for part in group.micro_batches:
+                held = lengths[list(part)]
+                assert 0 < held.sum() <= kind.capacity_tokens * (1 + 1e-9)
+                times.append(kind.fixed_s + float(kind.sequence_s(held).sum()))
+            assert len(times) == 1 or not menu.lockstep
+            time_s = sum(times) + (menu.pp - 1) * max(times)
+            assert group.time_s == pytest.approx(time_s)
+            slowest = max(slowest, time_s)
+        assert len(ranks) == len(set(ranks)) and max(ranks) < menu.num_ranks
+        assert step.time_s == pytest.approx(slowest)
+        total += slowest
+    assert found.step_s == pytest.approx(total + menu.step_s)
+    assert found.lower_bound_s <= found.step_s * (1 + 1e-9)
+
+
+LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=40)
+
+
+@settings(deadline=None, max_examples=120)
+@given(LENGTHS, st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_every_dispatch_is_valid(lengths: list[int], ranks: int, lockstep: bool, pp: int) -> None:
+    menu = toy_menu(ranks, room=400.0, lockstep=lockstep and pp == 1, pp=pp)
+    batch = np.array(lengths)
+    found = dispatch(menu, batch, clock=never)
+    check(menu, batch, found)
+    assert sum(map(sum, token_weights(found, batch))) == pytest.approx(1.0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(LENGTHS, st.booleans())
+def test_never_slower_than_the_static_plan(lengths: list[int], lockstep: bool) -> None:
+    menu, batch = toy_menu(8, room=400.0, lockstep=lockstep), np.array(lengths)
+    for kind in range(len(menu.groups)):
+        static = static_dispatch(menu, batch, kind)
+        if static is not None:
+            check(menu, batch, static)
+            assert {g.kind for step in static.steps for g in step.groups} == {kind}
+            found = dispatch(menu, batch, static_kind=kind, time_limit_s=0.0)
+            assert found.step_s <= static.step_s * (1 + 1e-12)
+
+
+# ---- brute force
+
+
+def partitions(items: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:
+    """Every way to split `items` into non-empty parts."""
+    if not items:
+        yield []
+        return
+    first, rest = items[0], items[1:]
+    for size in range(len(rest) + 1):
+        for others in itertools.combinations(rest, size):
+            left = tuple(i for i in rest if i not in others)
+            for more in partitions(left):
+                yield [(first, *others), *more]
+
+
+def best_lockstep_s(menu: Menu, lengths: np.ndarray) -> float:
+    """Least sum of slowest groups over every split into groups, kinds and micro-steps."""
+
+    def time_s(kind: int, part: tuple[int, ...]) -> float:
+        group, held = menu.groups[kind], lengths[list(part)]
+        if held.sum() > group.capacity_tokens:
+            return math.inf
+        return group.fixed_s + float(group.sequence_s(held).sum())
+
+    def one_step(parts: list[tuple[int, ...]]) -> float:
+        best = math.inf
+        for kinds in itertools.product(range(len(menu.groups)), repeat=len(parts)):
+            if sum(menu.groups[k].ranks for k in kinds) <= menu.num_ranks:
+                best = min(best, max(time_s(k, part) for k, part in zip(kinds, parts, strict=True)))
+        return best
+
+    best = math.inf
+    for parts in partitions(tuple(range(len(lengths)))):
+        for steps in partitions(tuple(range(len(parts)))):
+            best = min(best, sum(one_step([parts[i] for i in step]) for step in steps))
+    return best
+
+
+def best_apart_s(menu: Menu, lengths: np.ndarray) -> float:
+    """Least slowest group when groups keep their ranks all step and have any number of micro-batches."""
+
+    def group_s(kind: int, held: tuple[int, ...]) -> float:
+        group, best = menu.groups[kind], math.inf
+        for parts in partitions(held):
+            tokens = [lengths[list(p)] for p in parts]
+            if all(t.sum() <= group.capacity_tokens for t in tokens):
+                times = [group.fixed_s + float(group.sequence_s(t).sum()) for t in tokens]
+                best = min(best, sum(times) + (menu.pp - 1) * max(times))
+        return best
+
+    best = math.inf
+    for groups in partitions(tuple(range(len(lengths)))):
+        for kinds in itertools.product(range(len(menu.groups)), repeat=len(groups)):
+            if sum(menu.groups[k].ranks for k in kinds) <= menu.num_ranks:
+                best = min(best, max(group_s(k, g) for k, g in zip(kinds, groups, strict=True)))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lockstep_against_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 120, 5)
+    menu = toy_menu(4, room=100.0, fixed=float(rng.uniform(0, 20)))
+    optimum, found = best_lockstep_s(menu, lengths), dispatch(menu, lengths, gap_frac=0.0, clock=never)
+    check(menu, lengths, found)
+    assert found.lower_bound_s <= optimum * (1 + 1e-9) <= found.step_s * (1 + 1e-8)
+    assert found.step_s <= 1.15 * optimum
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_on_their_own_against_brute_force(seed: int, pp: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 120, 5)
+    menu = toy_menu(4, room=100.0, fixed=float(rng.uniform(0, 20)), lockstep=False, pp=pp)
+    optimum, found = best_apart_s(menu, lengths), dispatch(menu, lengths, gap_frac=0.0, clock=never)
+    check(menu, lengths, found)
+    assert found.lower_bound_s <= optimum * (1 + 1e-9) <= found.step_s * (1 + 1e-8)
+    assert found.step_s <= 1.3 * optimum
+
+
+def test_bound_is_met_where_work_divides_evenly() -> None:
+    menu, lengths = toy_menu(8, fixed=2.0), np.full(8, 40)
+    found = dispatch(menu, lengths, clock=never)
+    assert found.step_s == pytest.approx(2.0 + 40 * (40 / 20 + 1))
+    assert found.gap_frac < 1e-5
+
+
+def test_bound_does_not_fall_when_a_sequence_joins() -> None:
+    menu, lengths = flexsp_menu(64), named("wikipedia").cut(196_608).sample(200, 1)
+    bounds = [bound_s(menu, table_of(menu, lengths[:n])) for n in range(20, 201, 20)]
+    assert (np.diff(bounds) >= -1e-4 * np.array(bounds[1:])).all()  # to the bisection's tolerance
+
+
+def test_gaps_on_wikipedia_with_the_published_constants() -> None:
+    menu, corpus = flexsp_menu(64), named("wikipedia").cut(196_608)
+    found = [dispatch(menu, corpus.sample(512, seed), clock=never) for seed in range(20)]
+    gaps = np.array([f.gap_frac for f in found])
+    assert gaps.mean() <= 0.03
+    assert np.median(gaps) <= 0.015
+
+
+def test_the_answer_is_a_function_of_the_batch() -> None:
+    menu, lengths = flexsp_menu(64), named("wikipedia").cut(196_608).sample(256, 7)
+    first, second = (dispatch(menu, lengths, clock=never) for _ in range(2))
+    assert (first.steps, first.step_s) == (second.steps, second.step_s)
+
+
+def test_short_sequences_pay_no_communication() -> None:
+    menu = flexsp_menu(64)
+    found = dispatch(menu, np.full(640, 500), clock=never)
+    assert {menu.groups[g.kind].ranks for step in found.steps for g in step.groups} == {1}
+
+
+def test_what_cannot_be_dispatched_is_one_line() -> None:
+    menu = toy_menu(4)
+    with pytest.raises(ValueError, match="the batch is empty"):
+        dispatch(menu, np.zeros(0, np.int64))
+    with pytest.raises(ValueError, match="sequence 1 has 0 tokens"):
+        dispatch(menu, np.array([5, 0]))
+    with pytest.raises(DoesNotFit, match="sequence 0 has 401 tokens, the longest that fits any group is 400"):
+        dispatch(menu, np.array([401]))
