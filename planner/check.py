@@ -19,9 +19,9 @@ from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.plan import Inputs, Part, Plan
 from planner.simulated import simulate_plan
 
-# The closed form of the search against the simulator (costmodel/pipeline.py, `pipeline_s`): at most 10 % too long
-# for uneven ranks, at most 12 % too short for uneven chunks; the check allows a little more of the whole step.
-TOO_LONG_FRAC, TOO_SHORT_FRAC = 0.12, 0.13
+# The closed form of the search against the simulator (costmodel/pipeline.py, `pipeline_s`): too short by 8 % at most
+# (ZB-V with ranks of very different F:B:W), too long by up to 16 % where an interleaved end's chunk is the longest.
+TOO_LONG_FRAC, TOO_SHORT_FRAC = 0.16, 0.08
 ROUNDING = 1e-9
 GIB = 2**30
 

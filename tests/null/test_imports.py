@@ -20,7 +20,7 @@ ALLOWED = {
     "profiler": ("planner.profiler", "planner.costmodel"),
     "planner": ("planner.",),
     "runtime": ("planner.runtime", "planner.costmodel", "planner.kernels", "planner.plan", "planner.errors",
-                "planner.files", "planner.check"),
+                "planner.files", "planner.check", "planner.profiler.load", "planner.profiler.hf"),
     "reports": ("planner",),
 }  # fmt: skip
 # planner/ imports costmodel only; its command line alone reaches for the others, inside functions.
