@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -17,7 +18,7 @@ from planner.kernels.op import FORMULAS, Formula, Work, streamed
 
 _aten: Any = torch.ops.aten
 _COLLECTIVE_NAMESPACES = ("_c10d_functional", "c10d")
-_NOT_A_COLLECTIVE = ("wait_tensor", "barrier")
+_COLLECTIVES = ("all", "reduce_scatter", "broadcast", "scatter", "gather", "send", "recv", "isend", "irecv")
 
 
 def attention_flops(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, matmuls: tuple[int, int]) -> int:
@@ -145,10 +146,12 @@ class WorkCounter(TorchDispatchMode):
         self.sent_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # what it runs on its local parts, collectives included, is what counts
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace in _COLLECTIVE_NAMESPACES:
-            if not func._overloadpacket.__name__.startswith(_NOT_A_COLLECTIVE):
+            if func._overloadpacket.__name__.lstrip("_").startswith(_COLLECTIVES):  # not waits and wrappers
                 self.collectives += 1
                 self.sent_bytes += sum(map(_touched, [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]))
         else:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as fc
 from torch.distributed.tensor import Shard
 
+from planner.kernels.collective import finish, start_gather
 from planner.kernels.op import Work, define, lazily, like, nbytes, precise, streamed
 
 IGNORE_INDEX = -100
@@ -90,17 +90,20 @@ def combine(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return safe + (s * (m - safe).exp()).sum(dim=0).log(), t.sum(dim=0)
 
 
-def _gather(stats: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Statistics of every rank (ranks, rows, 3), asynchronous until they are used."""
-    if group is None:
-        return stats.unsqueeze(0)
-    return fc.all_gather_tensor(stats, 0, group).view(-1, *stats.shape)
+def _start(logits: Any, target: Any, vocab_start: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Statistics (ranks, rows, 3) of every rank, on their way."""
+    stats = ce_stats(logits, target, vocab_start)
+    return stats.unsqueeze(0) if group is None else start_gather(stats, group)
+
+
+def _arrived(gathered: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    return gathered if group is None else finish(gathered, group)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Any, target: Any, vocab_start: int, group: Any, ignore_index: int) -> Any:
-        lse, hit = combine(_gather(ce_stats(logits, target, vocab_start), group))
+        lse, hit = combine(_arrived(_start(logits, target, vocab_start, group), group))
         kept = target != ignore_index
         ctx.save_for_backward(logits, target, lse, kept)
         ctx.vocab_start = vocab_start
@@ -133,13 +136,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pending = None
         for rows in zip(x.split(chunk_rows), target.split(chunk_rows), dx.split(chunk_rows), strict=True):
             logits = rows[0] @ weight.t()
-            gathered = _gather(ce_stats(logits, rows[1], vocab_start), group)
+            gathered = _start(logits, rows[1], vocab_start, group)
             if pending is not None:
-                loss.append(_finish_chunk(*pending, weight, dw, vocab_start, ignore_index))
+                loss.append(_finish_chunk(*pending, group, weight, dw, vocab_start, ignore_index))
             pending = (logits, gathered, *rows)
             del logits
         if pending is not None:
-            loss.append(_finish_chunk(*pending, weight, dw, vocab_start, ignore_index))
+            loss.append(_finish_chunk(*pending, group, weight, dw, vocab_start, ignore_index))
         ctx.save_for_backward(dx, dw.to(weight.dtype))
         return torch.stack(loss).sum() if loss else dw.new_zeros(())
 
@@ -150,10 +153,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _finish_chunk(
-    logits: Any, gathered: Any, x: Any, target: Any, dx: Any, weight: Any, dw: Any, vocab_start: int, ignore_index: int
-) -> torch.Tensor:
+    logits: Any, gathered: Any, x: Any, target: Any, dx: Any, group: Any, weight: Any, dw: Any, vocab_start: int,
+    ignore_index: int,
+) -> torch.Tensor:  # fmt: skip
     """Loss of a chunk whose statistics are gathered; its logits become their gradient, then dx and dw."""
-    lse, hit = combine(gathered)
+    lse, hit = combine(_arrived(gathered, group))
     kept = target != ignore_index
     ce_grad_(logits, target, lse, kept.to(lse.dtype), vocab_start)
     torch.mm(logits, weight, out=dx) if not torch.compiler.is_compiling() else dx.copy_(logits @ weight)

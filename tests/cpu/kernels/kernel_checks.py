@@ -50,11 +50,11 @@ def value_and_grads(call: Callable[..., Any], *inputs: torch.Tensor) -> list[tor
     return [*(o.detach() for o in outs), *(x.grad for x in leaves if x.requires_grad)]
 
 
-def max_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest error relative to the largest value; infinite if one has values where the other has none."""
+def max_error(got: torch.Tensor, want: torch.Tensor, floor: float = 0.0) -> float:
+    """Largest error relative to the largest value, or to `floor`; infinite where only one is finite."""
     got, want = got.double(), want.double()
     if not torch.equal(got.isfinite(), want.isfinite()):
         return float("inf")
     finite = want.isfinite()
     scale = want[finite].abs().max().item() if finite.any() else 0.0
-    return ((got - want)[finite].abs().max().item() / max(scale, 1e-30)) if finite.any() else 0.0
+    return ((got - want)[finite].abs().max().item() / max(scale, floor, 1e-30)) if finite.any() else 0.0
