@@ -99,12 +99,13 @@ def search_caps(goal: Objective, tables: Tables, upper_s: float, slack_frac: flo
     finite = np.isfinite(tables.time_PIN)
     exact = np.array_equal(tables.extra_PIN, tables.extra_lower_PIN)
     if not finite.any():
-        return Solved(partition=None, lower_s=np.inf if exact else _relaxed_bound(goal, tables, 0.0))
+        return Solved(partition=None, lower_s=np.inf if exact else _relaxed_bound(goal, tables))
     caps = np.unique(tables.sync_PIN[finite])
+    floor = _least_sync(tables, finite)
     best: _Found | None = None
     limit, lower, cap = upper_s, np.inf, float(caps[-1])
     while True:
-        sweep = _sweep_theta(goal, tables, cap, float(caps[0]), limit)
+        sweep = _sweep_theta(goal, tables, cap, floor, limit)
         if sweep.best is not None:
             best, limit = sweep.best, sweep.best.value_s
         # A tighter cap on delta changes nothing until it forbids something that was used.
@@ -116,7 +117,7 @@ def search_caps(goal: Objective, tables: Tables, upper_s: float, slack_frac: flo
             break
         cap = float(below[-1])
     if not exact:
-        lower = min(lower, _relaxed_bound(goal, tables, 0.0))
+        lower = min(lower, _relaxed_bound(goal, tables))
     if best is None:
         return Solved(partition=None, lower_s=lower)
     choices = [tables.choices[tables.choice_IN[i, n]] for i, n in zip(best.starts, best.picks, strict=True)]
@@ -182,13 +183,27 @@ def _value(goal: Objective, tables: Tables, starts: list[int], picks: list[int],
     return goal.value(theta, float(extra), sync_s)
 
 
-def _relaxed_bound(goal: Objective, tables: Tables, floor: float) -> float:
+def _least_sync(tables: Tables, allowed: NDArray[np.bool_]) -> float:
+    """Smallest cap on delta under which the layers can be placed; inf if there is none."""
+    caps = np.unique(tables.sync_PIN[allowed])
+    low, high = 0, len(caps)
+    while low < high:
+        middle = (low + high) // 2
+        within = allowed & (tables.sync_PIN <= caps[middle] * TIE)
+        if np.isfinite(_least_extra(tables, 0.0, within)[0]):
+            high = middle
+        else:
+            low = middle + 1
+    return float(caps[low]) if low < len(caps) else float(np.inf)
+
+
+def _relaxed_bound(goal: Objective, tables: Tables) -> float:
     """Bound with the LP extra seconds instead of the rounded ones."""
     slow = tables.base_PIN + tables.extra_lower_PIN
     allowed = np.isfinite(slow)
     values = np.unique(slow[allowed])
-    floor = max(floor, float(tables.sync_PIN[allowed].min(initial=np.inf)) if allowed.any() else 0.0)
     relaxed = replace(tables, time_PIN=slow, extra_PIN=tables.extra_lower_PIN)
+    floor = _least_sync(relaxed, allowed)
     bound = np.inf
     for theta in values[_first_feasible(relaxed, allowed, values) :]:
         if goal.value(float(theta), 0.0, floor) >= bound:
