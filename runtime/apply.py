@@ -67,7 +67,7 @@ def parallelize(
     parallel = Parallel(
         model=model, spec=spec, graph=graph, mesh=mesh, ctx=ctx, chain=Chain(model, cutting.layer_paths(graph)),
         cuts=table, loss=loss, device=device, input_name=input_name or _input_name(model),
-        original=model.forward, full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
+        dtype=precision, original=model.forward, full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
     _experts(parallel)
     _dry_pass(parallel)
@@ -316,10 +316,8 @@ def _pipeline(p: Parallel) -> None:
     edges = [torch.empty(0, device="meta")]
     for first, _ in spec.stage_layers[1:]:
         shape = p.chain.shapes[first - 1]
-        local = list(shape.size)
-        for s in p.ctx.residual(shape.size):
-            local[s.dim] = local[s.dim] // s.units * len(p.ctx.held(s.axis, s.units))
-        edges.append(torch.empty(local, dtype=shape.dtype, device="meta", requires_grad=True))
+        local = p.residual_shape(shape.size)
+        edges.append(torch.empty(local, dtype=p.dtype or shape.dtype, device="meta", requires_grad=True))
     p.schedule = build_schedule(spec, modules, edges, p.device, p.mesh.pp)
 
 

@@ -67,6 +67,7 @@ def adapt(layer: nn.Module, ctx: Context, slots: Any, strategy: LayerStrategy, u
                 tree = tree_unflatten(values, spec)
                 inputs = _rewrap(tree, marks, ctx) if marks is not None else tree
                 out = original(*inputs[0], **inputs[1])
+                ctx.column = None
             if whole:
                 return out
             local, out_marks[:] = _unwrap(out)

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
 from planner.costmodel.strategy import PlanSpec
@@ -22,7 +25,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "ring", "ulysses", "tp")
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
-def _find_group(table: torch.Tensor) -> dist.ProcessGroup | None:
+def _find_group(table: NDArray[np.int64]) -> dist.ProcessGroup | None:
     """One group per row of `table`; the one of this rank, None if it is in no row. Collective over all ranks.
 
     Groups are kept for the life of the process group: equal rows of two plans share one.
@@ -30,13 +33,13 @@ def _find_group(table: torch.Tensor) -> dist.ProcessGroup | None:
     mine = None
     for row in table.tolist():
         ranks = tuple(row)
-        if ranks not in _groups:
+        if ranks not in _groups and (dist.get_rank() in ranks or dist.get_backend() != "fake"):
             _groups[ranks] = dist.new_group(list(ranks))
         mine = _groups[ranks] if dist.get_rank() in ranks else mine
     return mine
 
 
-def _make_groups(table: torch.Tensor) -> dist.ProcessGroup:
+def _make_groups(table: NDArray[np.int64]) -> dist.ProcessGroup:
     group = _find_group(table)
     assert group is not None, "every rank is in one row"
     return group
@@ -68,14 +71,14 @@ class Mesh:
         return tuple(getattr(self.spec, axis) for axis in AXES)
 
     @cached_property
-    def ranks(self) -> torch.Tensor:
+    def ranks(self) -> NDArray[np.int64]:
         """Global ranks, one dim per axis."""
-        return torch.arange(self.spec.num_gpus).view(self._sizes)
+        return np.arange(self.spec.num_gpus).reshape(self._sizes)
 
     @cached_property
     def position(self) -> dict[str, int]:
         """Index of this rank on every axis, and on `data`."""
-        found = (self.ranks == dist.get_rank()).nonzero()[0].tolist()
+        found = [int(i) for i in np.argwhere(self.ranks == dist.get_rank())[0]]
         at = dict(zip(AXES, found, strict=True))
         s = self.spec
         at["data"] = ((at["dp_replicate"] * s.dp_shard + at["dp_shard"]) * s.ring + at["ring"]) * s.ulysses
@@ -83,14 +86,14 @@ class Mesh:
         at["dp"] = at["dp_replicate"] * s.dp_shard + at["dp_shard"]
         return at
 
-    def _rows(self, axes: Sequence[str]) -> torch.Tensor:
+    def _rows(self, axes: Sequence[str]) -> NDArray[np.int64]:
         """All groups that run over `axes` (in mesh order), one a row."""
         inside = [i for i, name in enumerate(AXES) if name in axes]
         outside = [i for i in range(len(AXES)) if i not in inside]
         size = 1
         for i in inside:
             size *= self._sizes[i]
-        return self.ranks.permute(*outside, *inside).reshape(-1, size)
+        return self.ranks.transpose(*outside, *inside).reshape(-1, size)
 
     def group(self, *axes: str) -> dist.ProcessGroup:
         """The process group of this rank that runs over `axes`."""
@@ -146,15 +149,17 @@ class Mesh:
     def expert_mesh(self) -> DeviceMesh:
         """(replicate, shard) mesh of expert parameters, over the ranks that hold the same experts."""
         rows = self._rows(("dp_replicate", "dp_shard", "ring", "ulysses"))
-        rows = rows.reshape(len(rows), -1, self.spec.ep).transpose(1, 2).reshape(-1, rows.shape[1] // self.spec.ep)
+        rows = rows.reshape(len(rows), -1, self.spec.ep).transpose(0, 2, 1).reshape(-1, rows.shape[1] // self.spec.ep)
         shard = max(self.spec.dp_shard * self.spec.cp // self.spec.ep, 1) if self.spec.zero_stage else 1
         return self._data_mesh(rows, shard)
 
-    def _data_mesh(self, rows: torch.Tensor, shard: int) -> DeviceMesh:
+    def _data_mesh(self, rows: NDArray[np.int64], shard: int) -> DeviceMesh:
         table = rows.reshape(len(rows), -1, shard)
-        mine = table[(table == dist.get_rank()).flatten(1).any(dim=1)][0]
-        replicate = _make_groups(table.transpose(1, 2).reshape(-1, table.shape[1]))
+        mine = table[(table == dist.get_rank()).any(axis=(1, 2))][0]
+        replicate = _make_groups(table.transpose(0, 2, 1).reshape(-1, table.shape[1]))
         group = _make_groups(table.reshape(-1, shard))
-        return DeviceMesh.from_group(
-            [replicate, group], self.device_type, mesh=mine, mesh_dim_names=("replicate", "shard")
-        )
+        with unset_fake_temporarily():  # a dry run's fake tensors have no values
+            return DeviceMesh.from_group(
+                [replicate, group], self.device_type, mesh=torch.from_numpy(mine.copy()),
+                mesh_dim_names=("replicate", "shard"),
+            )  # fmt: skip

@@ -70,6 +70,7 @@ class Parallel:
     moe: dict[str, Moe] = field(default_factory=dict)  # routed parameter -> its block
     schedule: Any = None
     optimizer: ShardedAdamW | None = None
+    dtype: torch.dtype | None = None  # of activations, when not that of the parameters
     scale: int = 1  # tokens of the batch that the pipeline is working on
 
     @property
@@ -88,6 +89,13 @@ class Parallel:
     def expert_rank(self) -> int:
         """Which part of the experts this rank holds."""
         return self.mesh.position["data"] % self.spec.ep
+
+    def residual_shape(self, shape: tuple[int, ...]) -> list[int]:
+        """Local shape of a residual-stream tensor of this whole shape."""
+        local = list(shape)
+        for s in self.ctx.residual(shape):
+            local[s.dim] = local[s.dim] // s.units * len(self.ctx.held(s.axis, s.units))
+        return local
 
     # ---- one micro-batch
 
@@ -115,7 +123,7 @@ class Parallel:
         if received is not None:
             shape = self.chain.shapes[first - 1]
             whole = wrap(received, self.ctx.residual(shape.size), self.ctx)
-        self.ctx.skip_embedding = first > 0
+        self.ctx.skip_embedding, self.ctx.column = first > 0, None
         mark_parameters(self.slots)
         with ShardMode(self.ctx) if self.uses_rules else nullcontext(), self.chain.only(first, last, whole):
             try:

@@ -58,8 +58,10 @@ class ShardMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for value in _leaves(args, kwargs):
-            cut = getattr(value, "planner_cut", None) if type(value) is torch.nn.Parameter else None
-            if isinstance(value, Sharded) or (cut is not None and cut.kind):
+            if isinstance(value, Sharded):
+                return apply(func, args, kwargs, self.ctx)
+            cut = getattr(value, "planner_cut", None) if isinstance(value, torch.Tensor) else None
+            if cut is not None and cut.kind:
                 return apply(func, args, kwargs, self.ctx)
         return func(*args, **kwargs)
 

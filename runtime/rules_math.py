@@ -34,7 +34,16 @@ from planner.runtime.sharded import (
 
 
 def column_input(x: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, tuple[Split, ...]]:
-    """(x whole over TP, its remaining splits): all-gather of the sequence, or gradient all-reduce."""
+    """(x whole over TP, its remaining splits): all-gather of the sequence, or gradient all-reduce.
+
+    Linears that read the same x in a row (q, k, v; gate and up) share one.
+    """
+    if ctx.column is None or ctx.column[0] is not x:
+        ctx.column = (x, *_whole_input(x, ctx))
+    return ctx.column[1:]
+
+
+def _whole_input(x: torch.Tensor, ctx: Context) -> tuple[torch.Tensor, tuple[Split, ...]]:
     splits = x.splits if isinstance(x, Sharded) else ()
     if any(s.axis == TP for s in splits):
         raise Unshardable("column-parallel linear of a sharded input", splits)
@@ -67,6 +76,7 @@ def _product(ctx: Context, x: torch.Tensor, weight: torch.Tensor, bias: Any, out
         if inner is None or inner.units != ctx.spec.tp or inner.outer != 1:
             raise Unshardable("row-parallel linear of an input that is not sharded", splits)
         left = tuple(s for s in splits if s is not inner)
+        ctx.column = None
         out = scatter_residual(wrap(multiply(x.local, None), left, ctx), ctx, reduce=True)  # type: ignore[attr-defined]
         if bias is None:
             return out

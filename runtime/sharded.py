@@ -94,6 +94,7 @@ class Context:
     ulysses: dist.ProcessGroup
     seq_len: int
     micro_batch_size: int
+    column: tuple[torch.Tensor, torch.Tensor, tuple[Split, ...]] | None = None  # last column input, made whole
     skip_embedding: bool = False  # a later stage: what the prologue embeds is thrown away
     strict: bool = True  # refuse instead of gathering what no rule can shard
     gathered: dict[str, int] = field(default_factory=dict)  # ops that ran on gathered tensors, with their count

@@ -47,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
     if wrong:
         raise UserError(f"{args.plan}: does not hold: {wrong[0].name}: {wrong[0].detail}")
     if args.ranks:
-        return _dry_run(plan, args.ranks)
+        return _dry_run(plan, args.ranks, args.model)
     return OK
 
 
-def _dry_run(plan: Plan, ranks: int) -> int:
+def _dry_run(plan: Plan, ranks: int, model: str | None) -> int:
     try:
         from planner.runtime.dry_run import dry_run
     except ImportError as error:
         raise UserError(f"--ranks: this version has no runtime to dry-run a plan with ({error})") from None
-    return OK if dry_run(plan, ranks) else BUG
+    return OK if dry_run(plan, ranks, model) else BUG
 
 
 def _refuse_stale(plan: Plan, args: argparse.Namespace) -> None:

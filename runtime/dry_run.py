@@ -1,0 +1,220 @@
+"""dry_run: apply a plan on fake ranks in this process and compare what it does with what was predicted.
+
+The same code as in training runs one micro-batch of the first, a middle and the last pipeline rank under fake
+tensors: nothing is allocated or sent, every collective is counted with its bytes. A message's bytes are those
+of the whole tensor: output of an all-gather, input of a reduce-scatter, all-reduce or all-to-all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from planner.plan import Plan
+from planner.profiler.hf import load_config
+from planner.profiler.load import load_python
+from planner.runtime import zero
+from planner.runtime.apply import parallelize_plan
+from planner.runtime.errors import RuntimePlanError
+from planner.runtime.mesh import forget_groups
+from planner.runtime.parallel import Parallel
+from planner.runtime.pipeline import stages_of
+from planner.runtime.predicted import Predicted, predicted_rank
+
+KINDS = {"all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "all_reduce": "all_reduce",
+         "allreduce": "all_reduce", "alltoall": "all_to_all", "all_to_all": "all_to_all",
+         "allgather": "all_gather"}  # fmt: skip
+ACTIVATION_LIMIT = 0.05
+
+
+@dataclass(slots=True)
+class Counted(TorchDispatchMode):
+    """Bytes by kind of collective, and bytes that autograd saves for backward."""
+
+    sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def __post_init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        space, _, name = func.name().partition("::")
+        if space in ("c10d", "_c10d_functional"):
+            kind = next((k for text, k in KINDS.items() if text in name), None)
+            if kind is not None:
+                self.sent_bytes[kind] += _message_bytes(kind, args, out)
+        return out
+
+
+def _message_bytes(kind: str, args: Any, out: Any) -> int:
+    tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    return max(sizes, default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankResult:
+    """What one pipeline rank holds and sends: per-rank bytes of parameters, states and activations, messages a step."""
+
+    rank: int
+    num_params: int  # before ZeRO
+    shard_params: int
+    activation_bytes: int  # of one micro-batch
+    sent_bytes: dict[str, int]  # of one step, by kind
+    gathered: dict[str, int]
+
+
+def dry_run(plan: Plan, ranks: int, source: str | None = None) -> bool:
+    """Print the comparison; True when every difference is within its limit or explained.
+
+    `source`: model.py, model.py:function or config.json of the plan's model; its code runs here. RuntimePlanError in one line when the plan does not apply.
+    """
+    if ranks != plan.decisions.num_gpus:
+        raise RuntimePlanError(f"--ranks {ranks}: the plan is for {plan.decisions.num_gpus} ranks")
+    if source is None:
+        raise RuntimePlanError("--ranks needs --model: a plan holds the graph of its model, not its code")
+    spec = plan.decisions
+    good = True
+    for rank in sorted({0, spec.pp // 2, spec.pp - 1}):
+        found = run_rank(plan, meta_model(source, plan), rank)
+        wanted = predicted_rank(plan, rank)
+        good &= _compare(found, wanted, plan)
+    return good
+
+
+def run_rank(plan: Plan, model: nn.Module, rank: int) -> RankResult:
+    """Apply the plan as pipeline rank `rank`, first in every other axis, and run one micro-batch of each stage."""
+    spec = plan.decisions
+    world = spec.num_gpus
+    dist.init_process_group("fake", store=FakeStore(), rank=rank * (world // spec.pp), world_size=world)
+    forget_groups()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _materialise(model)
+            low = plan.inputs.graph.dtype in ("bfloat16", "float16")
+            precision = getattr(torch, plan.inputs.graph.dtype) if low else None
+            parallel = parallelize_plan(model, plan, precision=precision)
+            return _measure(parallel, rank)
+    finally:
+        dist.destroy_process_group()
+        forget_groups()
+
+
+def meta_model(source: str, plan: Plan) -> nn.Module:
+    """The plan's model on the meta device. UserErrors in one line when it cannot be built."""
+    inputs = plan.inputs
+    path = Path(source.rpartition(":")[0] if ".py:" in source else source)
+    if not path.is_file():
+        raise RuntimePlanError(f"{path}: no such file; give model.py, model.py:function or config.json")
+    length = inputs.seq_len if inputs.graph.unit == "tokens" else None
+    micro_batch_size = plan.decisions.micro_batch_size
+    if path.suffix == ".json":
+        return load_config(path, length, micro_batch_size).model
+    function = source.rpartition(":")[2] if ".py:" in source else ""
+    return load_python(path, function, length, micro_batch_size).model
+
+
+def _materialise(model: nn.Module) -> None:
+    """Fake CPU tensors in the place of meta ones; masters are float32 as in training."""
+    made: dict[int, nn.Parameter] = {}
+    for owner in model.modules():
+        for name, param in owner._parameters.items():
+            if param is not None:
+                if id(param) not in made:
+                    made[id(param)] = nn.Parameter(torch.empty(param.shape, dtype=torch.float32), param.requires_grad)
+                owner._parameters[name] = made[id(param)]
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _measure(p: Parallel, rank: int) -> RankResult:
+    spec = p.spec
+    saved, totals = 0, defaultdict(int)
+    m = spec.num_microbatches
+    # The first micro-batch gathers what the step keeps, the last one reduces; those between are alike.
+    for times, last in [(1, False), (m - 2, False), (1, True)][max(0, 3 - m) :]:
+        zero.before_backward(p.model, spec, last=last and spec.pp == 1)
+        with Counted() as counted:
+            saved = sum(_one_stage(p, stage) for stage in stages_of(spec, rank))
+            if last and spec.pp > 1:
+                zero.reduce_now(p.model)
+            if last:
+                assert p.optimizer is not None
+                p.optimizer.sync()
+        for kind, num_bytes in counted.sent_bytes.items():
+            totals[kind] += num_bytes * times
+    own = [zero.local(item.param) for item in p.owned]
+    return RankResult(
+        rank=rank, num_params=sum(item.param.numel() for item in p.owned),
+        shard_params=sum(t.numel() for t in own), activation_bytes=saved, sent_bytes=dict(totals),
+        gathered=dict(p.ctx.gathered),
+    )  # fmt: skip
+
+
+def _one_stage(p: Parallel, stage: int) -> int:
+    """Forward and backward of a stage on one micro-batch; bytes that autograd keeps in between."""
+    first, _ = p.spec.stage_layers[stage]
+    tokens = torch.zeros((p.spec.micro_batch_size, p.ctx.seq_len), dtype=torch.int64)
+    received = None
+    if stage:
+        shape = p.chain.shapes[first - 1]
+        received = torch.empty(p.residual_shape(shape.size), dtype=p.dtype or shape.dtype).requires_grad_()
+    kept: dict[int, torch.UntypedStorage] = {}
+    params = {x.untyped_storage()._cdata for x in p.model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in params and not isinstance(x, nn.Parameter):
+            kept[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = p.run(stage, received, tokens, tokens)
+    out.backward(torch.empty_like(out))
+    layers = range(first, p.spec.stage_layers[stage][1])
+    held = sum(_input_bytes(p, i) for i in layers if p.spec.layers[i].recompute == "full")
+    return held + sum(storage.nbytes() for storage in kept.values())
+
+
+def _input_bytes(p: Parallel, layer: int) -> int:
+    """Bytes of a layer's input on this rank, which checkpointing keeps beside what autograd saves."""
+    if p.spec.layers[layer].offload_activations:
+        return 0
+    shape = p.chain.shapes[max(layer - 1, 0)]
+    return math.prod(p.residual_shape(shape.size)) * (p.dtype or shape.dtype).itemsize
+
+
+def _compare(found: RankResult, wanted: Predicted, plan: Plan) -> bool:
+    print(f"pipeline rank {found.rank} of {plan.decisions.pp}")
+    rows = [
+        ("parameters before ZeRO", found.num_params, wanted.num_params, 0.0),
+        ("parameters of this shard", found.shard_params, wanted.shard_params, 0.0),
+        ("activation bytes a micro-batch", found.activation_bytes, wanted.activation_bytes, ACTIVATION_LIMIT),
+    ]
+    rows += [
+        (f"{kind} bytes a step", found.sent_bytes.get(kind, 0), wanted.sent_bytes.get(kind, 0), 0.0)
+        for kind in sorted({*found.sent_bytes, *wanted.sent_bytes})
+    ]
+    good = True
+    for name, is_now, predicted, limit in rows:
+        off = abs(is_now - predicted) / max(predicted, 1)
+        ok = off <= limit
+        good &= ok
+        print(f"  {name:<32}{is_now:>20,}  predicted {round(predicted):>20,}  {off:7.2%}  {'ok' if ok else 'DIFFERS'}")
+    if found.gathered:
+        good = False
+        print(f"  ops without a rule, run on gathered tensors: {found.gathered}")
+    for note in wanted.notes:
+        print(f"  note: {note}")
+    return good
