@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 from planner.kernels.collective import finish, start_gather
-from planner.kernels.op import Sharding, Work, define, like, precise, streamed
+from planner.kernels.op import Sharding, Work, define, lazily, like, precise, streamed
 
 CHUNK, SUB = 64, 16
 
@@ -156,6 +156,7 @@ def _batch_or_heads(outs: list[int], ins: list[int]) -> Any:
 gla_op = define(
     "gla", _gla, fake=lambda q, k, v, g, state, scale: (like(v), like(state)), work=_work,
     sharding=lambda *args: [(o, [*i, None]) for o, i in _batch_or_heads([2, 1], [2, 2, 2, 2, 1])()],
+    kernels={"fla": lazily("peers", "fla_gla")},
 )  # fmt: skip
 gla_backward = define(
     "gla_backward", _gla_backward, fake=lambda do, dstate, *saved: tuple(map(like, saved[:5])), work=_backward_work,

@@ -129,10 +129,11 @@ def cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Any, weight: Any, target: Any, vocab_start: int, group: Any, ignore_index: int, chunk_rows: int
-    ) -> Any:
+        ctx: Any, x: Any, weight: Any, target: Any, vocab_start: int, group: Any, ignore_index: int, chunk_rows: int,
+        grads: bool,
+    ) -> Any:  # fmt: skip
         loss, dx = [], torch.empty_like(x)
-        dw = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32))
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(x.dtype, torch.float32)) if grads else None
         pending = None
         for rows in zip(x.split(chunk_rows), target.split(chunk_rows), dx.split(chunk_rows), strict=True):
             logits = rows[0] @ weight.t()
@@ -143,13 +144,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits
         if pending is not None:
             loss.append(_finish_chunk(*pending, group, weight, dw, vocab_start, ignore_index))
-        ctx.save_for_backward(dx, dw.to(weight.dtype))
-        return torch.stack(loss).sum() if loss else dw.new_zeros(())
+        if dw is not None:
+            ctx.save_for_backward(dx, dw.to(weight.dtype))
+        return torch.stack(loss).sum() if loss else x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None, None, None, None
+        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None, None, None, None, None
 
 
 def _finish_chunk(
@@ -159,9 +161,10 @@ def _finish_chunk(
     """Loss of a chunk whose statistics are gathered; its logits become their gradient, then dx and dw."""
     lse, hit = combine(_arrived(gathered, group))
     kept = target != ignore_index
-    ce_grad_(logits, target, lse, kept.to(lse.dtype), vocab_start)
-    torch.mm(logits, weight, out=dx) if not torch.compiler.is_compiling() else dx.copy_(logits @ weight)
-    dw.add_(logits.t() @ x)
+    if dw is not None:
+        ce_grad_(logits, target, lse, kept.to(lse.dtype), vocab_start)
+        dx.copy_(logits @ weight)
+        dw.add_(logits.t() @ x)
     return torch.where(kept, lse - hit, 0).sum()
 
 
@@ -175,4 +178,5 @@ def linear_cross_entropy(
     gradient of x is this rank's part of a sum over the group: its all-reduce or reduce-scatter is the caller's.
     Gradients are computed in forward and scaled in backward; dw is summed over chunks in float32.
     """
-    return _LinearCrossEntropy.apply(x, weight, target, vocab_start, group, ignore_index, chunk_rows)
+    grads = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, target, vocab_start, group, ignore_index, chunk_rows, grads)

@@ -70,9 +70,9 @@ def test_parts_with_exchanged_states_equal_the_whole() -> None:
         out, state = gla.gla_op(*piece, gla.prefix(states, decays, rank), 5**-0.5)
         outs.append(out)
     exact, exact_state = recurrence(*(x.double() for x in parts), torch.zeros(2, 3, 5, 7).double(), 5**-0.5)
-    for out, state in ((whole, final), (torch.cat(outs, dim=1), state)):
-        assert max_error(out, exact) < 1e-5
-        assert max_error(state, exact_state) < 1e-5
+    for got, got_state in ((whole, final), (torch.cat(outs, dim=1), state)):
+        assert max_error(got, exact) < 1e-5
+        assert max_error(got_state, exact_state) < 1e-5
 
 
 def test_ops_pass_every_check() -> None:
