@@ -67,7 +67,8 @@ def parallelize(
     parallel = Parallel(
         model=model, spec=spec, graph=graph, mesh=mesh, ctx=ctx, chain=Chain(model, cutting.layer_paths(graph)),
         cuts=table, loss=loss, device=device, input_name=input_name or _input_name(model),
-        dtype=precision, original=model.forward, full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
+        dtype=precision, original=model.forward,
+        full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
     _experts(parallel)
     _dry_pass(parallel)

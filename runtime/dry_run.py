@@ -77,7 +77,8 @@ class RankResult:
 def dry_run(plan: Plan, ranks: int, source: str | None = None) -> bool:
     """Print the comparison; True when every difference is within its limit or explained.
 
-    `source`: model.py, model.py:function or config.json of the plan's model; its code runs here. RuntimePlanError in one line when the plan does not apply.
+    `source`: model.py, model.py:function or config.json of the plan's model, whose code runs here. UserErrors in
+    one line when the plan does not apply.
     """
     if ranks != plan.decisions.num_gpus:
         raise RuntimePlanError(f"--ranks {ranks}: the plan is for {plan.decisions.num_gpus} ranks")

@@ -105,7 +105,11 @@ def _start(timeout_s: float) -> Any:
         torch.cuda.set_device(device)
     try:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        wait = datetime.timedelta(seconds=timeout_s)
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=wait)))
+        # torchrun keeps its store over restarts: without a prefix of their own, ranks find addresses of dead ones.
+        fresh = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]

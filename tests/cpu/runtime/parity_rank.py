@@ -112,8 +112,8 @@ def run_case(case):
         got_losses.append(loss)
     got_params = whole(parallel, lambda item: local(item.param).detach())
     return {
-        "loss": max(abs(a - b) / abs(b) for a, b in zip(got_losses, losses)),
-        "norm": max(abs(a - b) / abs(b) for a, b in zip(got_norms, norms)),
+        "loss": max(abs(a - b) / abs(b) for a, b in zip(got_losses, losses, strict=True)),
+        "norm": max(abs(a - b) / abs(b) for a, b in zip(got_norms, norms, strict=True)),
         "grads": worst(got_grads, grads),
         "params": worst(got_params, params),
         "gathered": dict(parallel.ctx.gathered),

@@ -43,7 +43,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def arguments(plan: str, out: Path, steps: int, *more: str) -> list[str]:
-    return [str(MODEL), "--plan", plan, "--out", str(out), "--steps", str(steps), "--lr", "3e-3", "--warmup", "2", *more]
+    rates = ("--lr", "3e-3", "--warmup", "2")
+    return [str(MODEL), "--plan", plan, "--out", str(out), "--steps", str(steps), *rates, *more]
 
 
 def losses(out: Path) -> list[float]:

@@ -42,7 +42,7 @@ def _rank(target: str, rank: int, size: int, port: int, payload: str, results: A
 
 
 def run_world(size: int, target: str, payload: Any, timeout_s: float = 240.0) -> list[Any]:
-    """`target(payload)` on `size` ranks; their results in rank order. AssertionError with the first rank's traceback."""
+    """`target(payload)` on `size` ranks, results in rank order; AssertionError with a failing rank's traceback."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
         ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.pipelining",
