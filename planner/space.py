@@ -7,6 +7,7 @@ a cell fixes how model states lie (dp_replicate x dp_shard, ZeRO stage, optimize
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from planner.costmodel.pipeline import ScheduleKind
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy
 
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED, ScheduleKind.ZB_H1, ScheduleKind.ZB_V)
 DEGREES = ("tp", "sp", "vocab_parallel", "ulysses", "ring", "ep", "micro_batch_size", "pp", "schedule", "vpp")
 LAYOUT_FIELDS = ("dp_replicate", "dp_shard", "zero", "offload_optimizer")
@@ -27,13 +29,14 @@ class Limits:
     """What the user or the runtime restricts.
 
     `fixed` maps an option to its value; `forbidden` names options to leave out, `combinations` sets of options not
-    to use together, by the names of `uses` and `strategy_uses`.
+    to use together, by the names of `uses` and `strategy_uses`; `only` says which cells to keep of those left.
     """
 
     fixed: dict[str, int | str] = field(default_factory=dict)
     forbidden: frozenset[str] = frozenset()
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     combinations: tuple[frozenset[str], ...] = ()
+    only: Callable[[Cells], BoolArray] | None = None
 
     def allows(self, option: str, value: int | str) -> bool:
         """Whether `option` may take `value`."""
@@ -234,7 +237,8 @@ def enumerate_cells(graph: ModelGraph, num_gpus: int, global_batch_size: int, li
                         if len(inner[0]):
                             rows.append((tp, sp, vp, u, r, ep, pp, dp, len(inner[0])))
                             columns.append(inner)
-    return _assemble(rows, columns, global_batch_size)
+    cells = _assemble(rows, columns, global_batch_size)
+    return cells if limits.only is None else cells.take(np.flatnonzero(limits.only(cells)))
 
 
 def _inner(mbs: IntArray, options: IntArray, per_rank: int, pp: int) -> tuple[IntArray, IntArray]:

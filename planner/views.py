@@ -8,6 +8,7 @@ from planner.build import options_of
 from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.interval import COVERAGE_FRAC, PLACEMENTS, Interval, has_experts, interval_of, placement_of
 from planner.costmodel.price import Machine
 from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.plan import Part, Plan
@@ -99,6 +100,23 @@ def step_line(part: Part) -> str:
     return f"step     = {' + '.join(large)} (s); {percent(strong_frac(part), 0)} % on measured figures{exact}"
 
 
+def interval_for(plan: Plan) -> Interval:
+    """How far steps of such plans lay from their predictions."""
+    inputs, spec = plan.inputs, plan.decisions
+    moe = has_experts(inputs.graph)
+    return interval_of(inputs.engine.name, placement_of(inputs.cluster, inputs.num_gpus, spec.tp, spec.pp, moe))
+
+
+def interval_line(plan: Plan) -> str:
+    """The interval beside the predicted step time, and what it rests on."""
+    found, step_s = interval_for(plan), plan.predicted.step_s
+    whose = f"under {found.engine}" if found.engine else "under other engines"
+    return (
+        f"interval {seconds(found.low_ratio * step_s)} to {seconds(found.high_ratio * step_s)} holds "
+        f"{percent(COVERAGE_FRAC, 0)} % of steps, as of {found.num_runs:,} runs {whose} {PLACEMENTS[found.placement]}"
+    )
+
+
 def certificate_line(plan: Plan) -> str:
     """What was proved, in one line."""
     proof = plan.certificate
@@ -133,8 +151,11 @@ def memory_grid(plan: Plan) -> Grid:
 def plan_data(plan: Plan) -> dict[str, object]:
     """The JSON fields of a plan that every verb gives."""
     spec, predicted, proof = plan.decisions, plan.predicted, plan.certificate
+    interval = interval_for(plan)
     return {
         "step_s": predicted.step_s,
+        "step_s_low": interval.low_ratio * predicted.step_s,
+        "step_s_high": interval.high_ratio * predicted.step_s,
         "simulated_step_s": predicted.simulated_step_s,
         "tokens_per_s": predicted.tokens_per_s,
         "mfu_frac": predicted.mfu_frac,

@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.units import GIB
-from planner.reports import gate, metrics, misses, plots, tables
+from planner.reports import gate, intervals, metrics, misses, plots, tables
 from planner.reports.accuracy import HERE, PUBLISHED, SHARED_RUNS, Result, evaluate
 from planner.reports.cases import Case
 from planner.reports.memory_facts import memory_facts
@@ -26,11 +26,12 @@ PUBLISHED_BASELINE = HERE / "baseline_published.json"
 
 
 def write_report() -> int:
-    """Write reports/accuracy.md, reports/plots/*.png, both baselines; 2 where the full set of runs is not there."""
+    """Write the report, its plots, both baselines and costmodel/intervals.json; 2 without the full set of runs."""
     if not SHARED_RUNS.is_file():
         print(f"planner accuracy: --write needs the full set of runs at {SHARED_RUNS}", file=sys.stderr)
         return 2
     full, small = evaluate(SHARED_RUNS), evaluate(PUBLISHED)
+    intervals.write(intervals.fit_all(full.predictions))
     plots.write_plots(full.predictions, HERE / "plots")
     _replace(BASELINE, json.dumps(gate.baseline_of(full.score), indent=1, sort_keys=True) + "\n")
     _replace(PUBLISHED_BASELINE, json.dumps(gate.baseline_of(small.score), indent=1, sort_keys=True) + "\n")
@@ -57,6 +58,7 @@ def _report(full: Result, small: Result) -> list[str]:
         "## All rows", "", *_code(_untimed(tables.summary(p, full.score, full.elapsed_s, full.path.name))), "",
         "## Against the goals", "", *_goals(p), "",
         "## Side by side with other simulators, on their own rows", "", *_peers(p), "",
+        "## Error bars", "", *intervals.table(intervals.fit_all(p)), "",
         "## Published table that comes with the project", "",
         *_code(_untimed(tables.summary(small.predictions, small.score, small.elapsed_s, small.path.name))), "",
         *_rows_of(small.predictions, ("Megatron SC21", "Korthikanti")), "",

@@ -20,6 +20,7 @@ from planner.views import (
     certificate_line,
     cluster_line,
     headline,
+    interval_line,
     memory_grid,
     plan_data,
     plan_row,
@@ -138,6 +139,7 @@ def _report(plan: Plan) -> Report:
         cluster_line(inputs.cluster, inputs.num_gpus, inputs.engine.name),
         Grid(columns=COLUMNS, rows=(row,)),
         step_line(predicted.breakdown),
+        interval_line(plan),
         f"rate     {predicted.tokens_per_s:,.4g} tokens/s, MFU {percent(predicted.mfu_frac)} %; simulated step "
         f"{seconds(predicted.simulated_step_s)}",
         verdict,

@@ -9,6 +9,7 @@ from pathlib import Path
 from planner.build import Job, inputs_of, options_of
 from planner.check import check_model, check_structure, problems
 from planner.commands import arguments
+from planner.commands.sequences import sequence_parts
 from planner.costmodel.estimate import Estimate, estimate
 from planner.costmodel.price import Machine
 from planner.costmodel.strategy import PlanSpec
@@ -25,6 +26,7 @@ from planner.views import (
     certificate_line,
     cluster_line,
     headline,
+    interval_line,
     leaves,
     memory_grid,
     plan_data,
@@ -85,11 +87,12 @@ def _explain(plan: Plan, machine: Machine) -> Report:
         headline(inputs.graph, inputs.global_batch_size),
         cluster_line(inputs.cluster, inputs.num_gpus, inputs.engine.name),
         Grid(columns=COLUMNS, rows=(_row(1, plan, machine),)),
+        interval_line(plan),
         time_grid(predicted.breakdown),
         memory_grid(plan),
         *binding_lines(plan, found),
         *(("why not the runners-up:", *lost) if lost else ()),
-        certificate_line(plan),
+        *(sequence_parts(plan.sequences) if plan.sequences else (certificate_line(plan),)),
         f"runtime  {runs}",
     )
     data = {

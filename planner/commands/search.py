@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planner.build import Job, build_plan
 from planner.check import Finding, check_plan, problems
-from planner.commands import arguments
+from planner.commands import arguments, sequences
 from planner.errors import InfeasibleError, UserError
 from planner.files import write_atomic
 from planner.objective import OBJECTIVES, Outcome, choose, gpu_counts
@@ -16,9 +16,19 @@ from planner.plan import Certificate, Plan, Space, encode_plan
 from planner.progress import ProgressLine
 from planner.provenance import cost_model_sha256, space_sha256, tool_version
 from planner.render import GIB, Grid, Report, seconds
+from planner.robust import robust_search
 from planner.search import SearchOptions, SearchResult, search
 from planner.space import Limits
-from planner.views import COLUMNS, certificate_line, cluster_line, headline, plan_data, plan_row, step_line
+from planner.views import (
+    COLUMNS,
+    certificate_line,
+    cluster_line,
+    headline,
+    interval_line,
+    plan_data,
+    plan_row,
+    step_line,
+)
 from planner.ways_out import ways_out
 
 SCHEMA = "planner.search/1"
@@ -49,8 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "that are whole nodes or parts of one (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-step-s", type=arguments.positive, default=float("inf"), metavar="S",
                         help="slowest step that is acceptable, for --objective gpus and cost")  # fmt: skip
+    parser.add_argument("--robust", action="store_true",
+                        help="the plan whose 80 %% interval ends soonest instead of the fastest predicted")  # fmt: skip
     parser.add_argument("--executable-only", action="store_true", help="only what planner.runtime executes today")
     parser.add_argument("--save-graph", type=Path, metavar="FILE", help="also write the traced graph (FILE.graph.json)")
+    sequences.add_arguments(parser)
     arguments.add_output(parser, "the plan (default: plan.json)")
 
 
@@ -58,10 +71,13 @@ def run(args: argparse.Namespace) -> int:
     """Trace, search, check, write, show."""
     if args.gpus is None:
         raise UserError("give --gpus N: how many GPUs the job has")
+    if args.robust and args.objective != "step_s":
+        raise UserError(f"--robust goes with --objective step_s, not {args.objective}: leave one of them out")
     path = arguments.output_path(args, "plan.json")
     cluster, engine = arguments.cluster_of(args.cluster), arguments.engine_of(args.engine)
     cluster, engine, profile_sha256 = arguments.profiled(args, cluster, engine, args.gpus)
     limits = arguments.limits_of(engine, args.fix, args.forbid, args.executable_only)
+    lengths = sequences.lengths_of(args)
     graph = arguments.load_graph(args)
     if args.save_graph:
         from planner.profiler.graph_io import encode_graph
@@ -70,10 +86,15 @@ def run(args: argparse.Namespace) -> int:
     job = Job(
         graph=graph,
         machine=arguments.machine_of(graph, cluster, engine, args.gpus),
-        global_batch_size=arguments.batch_of(args, graph),
+        global_batch_size=arguments.batch_of(args, graph) if lengths is None else args.gpus,
         memory_margin_frac=args.memory_margin,
         profile_sha256=profile_sha256,
     )
+    if lengths is not None:
+        plan = sequences.plan_lengths(args, job, lengths, limits)
+        write_atomic(path, encode_plan(plan))
+        arguments.answer(sequences.report(plan, job.machine, path), args, to_file=False)
+        return 0
     job, result, extra = _search(args, job, limits)
     if not result.plans:
         if result.stop_reason == "interrupted":
@@ -95,6 +116,10 @@ def _search(args: argparse.Namespace, job: Job, limits: Limits) -> tuple[Job, Se
     def one(num_gpus: int) -> SearchResult:
         return _search_once(args, at(num_gpus), limits)
 
+    if args.robust:
+        result, high_s = robust_search(job.graph, job.machine, limits, lambda only, share: _run(args, job, only, share))
+        line = f"robust   by the interval's upper end; nothing can have one below {seconds(high_s)} (proved)"
+        return job, result, (line,)
     if args.objective == "step_s":
         return job, one(args.gpus), ()
     counts = gpu_counts(job.machine.cluster, args.gpus)
@@ -105,8 +130,14 @@ def _search(args: argparse.Namespace, job: Job, limits: Limits) -> tuple[Job, Se
 
 
 def _search_once(args: argparse.Namespace, job: Job, limits: Limits) -> SearchResult:
+    if args.robust:
+        return robust_search(job.graph, job.machine, limits, lambda only, share: _run(args, job, only, share))[0]
+    return _run(args, job, limits)
+
+
+def _run(args: argparse.Namespace, job: Job, limits: Limits, share: float = 1.0) -> SearchResult:
     options = SearchOptions(
-        gap_frac=args.gap, time_limit_s=args.time_limit, top=args.top, memory_margin_frac=args.memory_margin
+        gap_frac=args.gap, time_limit_s=share * args.time_limit, top=args.top, memory_margin_frac=args.memory_margin
     )
     line = ProgressLine(not args.quiet)
     try:
@@ -234,6 +265,7 @@ def _report(job: Job, plan: Plan, result: SearchResult, path: Path, extra: tuple
         *(f"note     {text}" for text in job.graph.notes),
         Grid(columns=COLUMNS, rows=tuple(rows)),
         step_line(predicted.breakdown),
+        interval_line(plan),
         *extra,
         f"{certificate_line(plan)}; {result.search_s:.2f} s search",
         f"wrote    {path}{runs}  next: planner explain {path}",
