@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("planner.commands.check", "verify a plan independently of the search"),
     "cluster": ("planner.commands.cluster", "list the known clusters, or show one with its sources"),
     "profile": ("planner.commands.profile", "measure this machine, so that plans rest on measurements"),
+    "calibrate-loop": ("planner.reports.closed_loop", "profile, plan, run, compare: how good predictions are here"),
     "accuracy": ("planner.reports.accuracy", "predictions against published and measured runs"),
     "env": ("planner.commands.env", "versions, for bug reports"),
 }
@@ -68,7 +69,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _top(argv: list[str]) -> int:
-    verbs = "\n".join(f"  {name:<10}{what}" for name, (_, what) in VERBS.items())
+    verbs = "\n".join(f"  {name:<15}{what}" for name, (_, what) in VERBS.items())
     epilog = f"verbs:\n{verbs}\n\n`planner VERB --help` says more.\n{_EXITS}"
     parser = _parser("planner", "Automatic parallelism for PyTorch training: plans with a proved gap.", epilog)
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do")

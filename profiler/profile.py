@@ -258,12 +258,16 @@ def _start_ranks(request: Request, spec: dict[str, Any], folder: Path, out: Path
     file = folder / "spec.json"
     file.write_text(json.dumps(spec))
     limit_s = time.monotonic() + request.budget_s + _GRACE_S
-    with _children(request, file, out) as children, out.open(encoding="utf-8") as lines:
+    command = ["planner.profiler.worker", str(file), str(out)]
+    with (
+        ranks_of(command, request.ranks, request.threads, request.platform, folder) as children,
+        out.open(encoding="utf-8") as lines,
+    ):
         while True:
             codes = [child.poll() for child in children]
             collector.take(lines.read())
             if any(codes):
-                return _death(codes, children, collector.current)
+                return death(codes, folder, describe(collector.current) if collector.current else "")
             if all(code == 0 for code in codes):
                 return ""
             if time.monotonic() > limit_s:
@@ -273,25 +277,25 @@ def _start_ranks(request: Request, spec: dict[str, Any], folder: Path, out: Path
 
 
 @contextlib.contextmanager
-def _children(request: Request, file: Path, out: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """One process a rank; all are gone at the end, whatever happened."""
+def ranks_of(
+    command: list[str], ranks: int, threads: int, platform: str, folder: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One process a rank of `python -m command`, stderr in `folder`; all are gone at the end, whatever happened."""
     base = child_environment()
-    if request.platform == "cuda":
+    if platform == "cuda":
         for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
             base.pop(name)
             base.update({name: os.environ[name]} if name in os.environ else {})
-    base["OMP_NUM_THREADS"] = str(request.threads)
-    command = [sys.executable, "-P", "-m", "planner.profiler.worker", str(file), str(out)]
+    base["OMP_NUM_THREADS"] = str(threads)
     started: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(request.ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request.ranks)}
-            errors = (file.parent / f"stderr-{rank}").open("wb")
-            with errors:
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            with (folder / f"stderr-{rank}").open("wb") as errors:
                 started.append(
                     subprocess.Popen(
-                        command, env={**base, **place}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                        stderr=errors, start_new_session=True,
+                        [sys.executable, "-P", "-m", *command], env={**base, **place}, stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
                     )
                 )  # fmt: skip
         yield started
@@ -302,15 +306,14 @@ def _children(request: Request, file: Path, out: Path) -> Iterator[list[subproce
             child.wait()
 
 
-def _death(codes: list[int | None], children: list[subprocess.Popen[bytes]], case: Case | None) -> str:
+def death(codes: list[int | None], folder: Path, doing: str) -> str:
     """Which rank died first as far as one can see, how, and in what."""
     killed = [rank for rank, code in enumerate(codes) if code is not None and code < 0]
     rank = killed[0] if killed else next(rank for rank, code in enumerate(codes) if code)
     code = codes[rank] or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    args = children[rank].args
-    last = _last_line(Path(str(args[-2])).parent / f"stderr-{rank}") if isinstance(args, list) else ""
-    return f"rank {rank} {how}{f' in {describe(case)}' if case else ''}{f': {last}' if last else ''}"
+    last = _last_line(folder / f"stderr-{rank}")
+    return f"rank {rank} {how}{f' in {doing}' if doing else ''}{f': {last}' if last else ''}"
 
 
 def _last_line(path: Path) -> str:

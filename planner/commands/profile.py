@@ -135,9 +135,9 @@ def _measure(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace, what: str) -> Request:
     from planner.profiler.profile import Request
 
-    cluster = _this_cluster(args.cluster)
+    cluster = this_cluster(args.cluster)
     platform = "cpu" if cluster.device.name == "cpu" else "cuda"
-    devices = (os.cpu_count() or 1) if platform == "cpu" else len(_gpus())
+    devices = (os.cpu_count() or 1) if platform == "cpu" else len(gpus())
     if platform == "cuda" and not devices:
         raise UserError(f"no GPU here, so it cannot be profiled as {cluster.name}: use --cluster cpu-gloo")
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or args.ranks or (devices if what in ("comm", "all") else 1)
@@ -157,27 +157,27 @@ def _request(args: argparse.Namespace, what: str) -> Request:
     )  # fmt: skip
 
 
-def _this_cluster(name: str) -> ClusterSpec:
+def this_cluster(name: str) -> ClusterSpec:
     """The cluster of that name, or the preset of what is in this machine."""
     if name:
         return arguments.cluster_of(name)
-    gpus = _gpus()
-    if not gpus:
+    here = gpus()
+    if not here:
         return arguments.cluster_of("cpu-gloo")
     from planner.costmodel.presets import list_clusters
 
-    label, memory_bytes = gpus[0]
-    here = Conditions(
-        platform="cuda", device=label, devices_per_node=len(gpus), memory_bytes=memory_bytes, backend="nccl",
+    label, memory_bytes = here[0]
+    conditions = Conditions(
+        platform="cuda", device=label, devices_per_node=len(here), memory_bytes=memory_bytes, backend="nccl",
         ranks=1, threads=1, software={},
     )  # fmt: skip
-    found = [known for known in list_clusters() if describes(here, arguments.cluster_of(known))]
+    found = [known for known in list_clusters() if describes(conditions, arguments.cluster_of(known))]
     if not found:
         raise UserError(f"{label} is no preset: give --cluster FILE.toml (the README shows one)")
     return arguments.cluster_of(found[0])
 
 
-def _gpus() -> list[tuple[str, int]]:
+def gpus() -> list[tuple[str, int]]:
     """(name, bytes) of every GPU, as the driver's own tool says."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -1,0 +1,193 @@
+"""planner calibrate-loop: profile this machine, plan with it, run the plans, compare. The loop that keeps us honest.
+
+Nothing is fitted to the runs: predictions are written down before the first of them. Runs are repeated in rounds, every
+plan once a round, so that a slow minute hits all plans; the scatter between rounds is the noise floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.commands import arguments
+from planner.commands.profile import duration
+from planner.costmodel.graph import ModelGraph
+from planner.costmodel.presets import load_cluster
+from planner.costmodel.profile import Profile, encode_profile
+from planner.errors import UserError
+from planner.files import read_profile, write_atomic
+from planner.plan import encode_plan
+from planner.profiler.profile import Request, death, ranks_of, run_profile
+from planner.profiler.trace import trace_model
+from planner.provenance import tool_version
+from planner.reports import loop_model
+from planner.reports.loop_plans import Predicted, candidates, choose, job_of, price, written
+from planner.reports.loop_text import Row, markdown, options
+
+_HERE = Path(__file__).parent
+_MODEL = _HERE / "loop_model.py"
+_RUN_LIMIT_S = 1800.0
+EPILOG = "Takes about half an hour on two quiet cores. --quick proves in a few minutes that the loop closes."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("--ranks", default="2,4,8", metavar="N,...", help="default: %(default)s")
+    parser.add_argument("--models", default="narrow,wide,long", metavar="NAME,...", help="default: %(default)s")
+    parser.add_argument("--plans", type=arguments.whole, default=7, help="of a model on a number of ranks, 3 or more")
+    parser.add_argument("--rounds", type=arguments.whole, default=3, help="runs of every plan (default: %(default)s)")
+    parser.add_argument("--steps", type=arguments.whole, default=3, help="timed steps a run (default: %(default)s)")
+    parser.add_argument("--budget", type=duration, default=180.0, metavar="S", help="for all profiles together")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="use this profile instead of measuring one")
+    parser.add_argument("--quick", action="store_true", help="2 ranks, one model, 3 plans, 2 rounds, 30 s of profiling")
+    parser.add_argument("-o", "--output", type=Path, default=_HERE / "closed_loop.md", metavar="FILE")
+    parser.add_argument("--record", type=Path, default=_HERE / "measured", metavar="FOLDER", help="profile and runs")
+    parser.add_argument("--quiet", action="store_true")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """One model on one number of ranks with its plans."""
+
+    model: str
+    ranks: int
+    graph: ModelGraph
+    chosen: tuple[Predicted, ...]
+    texts: tuple[bytes, ...]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Profile, plan, run, write the report."""
+    if args.quick:
+        args.ranks, args.models, args.plans, args.rounds, args.budget = "2", "narrow", 3, 2, 30.0
+    ranks, models = _numbers(args.ranks), _names(args.models)
+    started, load_before = time.monotonic(), os.getloadavg()[0]
+    graphs = {m: trace_model(f"{_MODEL}:{m}", seq_len=loop_model.SEQ_LENS[m]) for m in models}
+    profile = read_profile(args.profile) if args.profile else _profile(args, ranks, graphs)
+    profiled_s = time.monotonic() - started
+    args.record.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.record / "closed_loop_profile.json", encode_profile(profile))
+    cases = [_case(args, model, graphs[model], profile, n) for model in models for n in ranks]
+    rows = _rows(cases, _run_all(args, cases))
+    facts = {
+        "date": datetime.date.today().isoformat(), "load_before": load_before, "load_after": os.getloadavg()[0],
+        "cores": os.cpu_count(), "profile_s": profiled_s, "samples": len(profile.samples), "rounds": args.rounds,
+        "steps": args.steps, "device": profile.conditions[0].device, "version": tool_version(),
+    }  # fmt: skip
+    data = {"facts": facts, "rows": [row.data for row in rows]}
+    write_atomic(args.record / "closed_loop.json", (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
+    write_atomic(args.output, markdown(rows, facts).encode())
+    arguments.note(args, f"wrote {args.output}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() and int(part) > 1 for part in text.split(",")):
+        raise UserError(f"--ranks {text}: give numbers of at least 2, e.g. 2,4,8")
+    return [int(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    unknown = sorted(set(text.split(",")) - set(loop_model.SEQ_LENS))
+    if unknown:
+        raise UserError(f"--models: unknown {', '.join(unknown)}; known: {', '.join(loop_model.SEQ_LENS)}")
+    return text.split(",")
+
+
+def _profile(args: argparse.Namespace, ranks: list[int], graphs: dict[str, ModelGraph]) -> Profile:
+    """Kernels, collectives and layers of every model, on every number of ranks; the budget in equal parts."""
+    profile: Profile | None = None
+    for n in ranks:
+        for model, graph in graphs.items():
+            arguments.note(args, f"profiling {model} on {n} ranks")
+            request = Request(
+                what="all", platform="cpu", cluster=load_cluster("cpu-gloo"), graph=graph, source=f"{_MODEL}:{model}",
+                ranks=n, threads=1, budget_s=args.budget / (len(ranks) * len(graphs)),
+                today=datetime.date.today().isoformat(), tool_version=tool_version(),
+            )  # fmt: skip
+            outcome = run_profile(request, profile)
+            if outcome.died:
+                arguments.note(args, outcome.died)
+            profile = outcome.profile
+    assert profile is not None
+    return profile
+
+
+def _case(args: argparse.Namespace, model: str, graph: ModelGraph, profile: Profile, ranks: int) -> _Case:
+    job = job_of(graph, load_cluster("cpu-gloo"), profile, ranks)
+    chosen = choose(price(job, candidates(job), os.cpu_count() or 1), args.plans)
+    texts = tuple(encode_plan(written(job, one.spec)) for one in chosen)
+    return _Case(model=model, ranks=ranks, graph=graph, chosen=tuple(chosen), texts=texts)
+
+
+def _run_all(args: argparse.Namespace, cases: list[_Case]) -> dict[tuple[int, int], dict[str, Any]]:
+    """(case, plan) -> {"step_s": medians by round, "peak_bytes": [...]} or {"failed": why}."""
+    found: dict[tuple[int, int], dict[str, Any]] = {
+        (c, i): {"step_s": []} for c, case in enumerate(cases) for i in range(len(case.chosen))
+    }
+    with tempfile.TemporaryDirectory(prefix="planner-loop-") as folder:
+        for number in range(args.rounds + 1):
+            memory = number == args.rounds
+            for c, case in enumerate(cases):
+                what = "memory" if memory else f"round {number + 1} of {args.rounds}"
+                arguments.note(args, f"running {len(case.chosen)} plans of {case.model} on {case.ranks} ranks, {what}")
+                for i, line in _launch(args, case, Path(folder), memory):
+                    one = found[c, i]
+                    if "step_s" in line:
+                        one["step_s"].append(sorted(line["step_s"])[len(line["step_s"]) // 2])
+                    else:
+                        one.update(line)
+    return found
+
+
+def _launch(args: argparse.Namespace, case: _Case, root: Path, memory: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run every plan of a case once in one job; what a dead job had not done is missing."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    paths = [folder / f"plan-{i}.json" for i in range(len(case.texts))]
+    for path, text in zip(paths, case.texts, strict=True):
+        path.write_bytes(text)
+    spec = {
+        "plans": [str(path) for path in paths], "folder": str(folder), "model": f"{_MODEL}:{case.model}",
+        "memory": memory, "steps": args.steps,
+    }  # fmt: skip
+    (folder / "spec.json").write_text(json.dumps(spec))
+    out = folder / "out.jsonl"
+    out.touch()
+    command = ["planner.reports.loop_rank", str(folder / "spec.json"), str(out)]
+    limit_s = time.monotonic() + _RUN_LIMIT_S
+    with ranks_of(command, case.ranks, 1, "cpu", folder) as children:
+        while True:
+            codes = [child.poll() for child in children]
+            if all(code == 0 for code in codes):
+                break
+            if any(codes) or time.monotonic() > limit_s:
+                why = death(codes, folder, "") if any(codes) else "took too long"
+                arguments.note(args, f"{case.model} on {case.ranks} ranks: {why}")
+                break
+            time.sleep(0.1)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for line in lines:
+        index = paths.index(Path(line.pop("plan")))
+        yield index, line
+    if len(lines) < len(paths):
+        yield len(lines), {"failed": "the job ended in this plan"}
+
+
+def _rows(cases: list[_Case], found: dict[tuple[int, int], dict[str, Any]]) -> list[Row]:
+    return [
+        Row(
+            model=case.model, ranks=case.ranks, options=options(one.spec), predicted_s=one.step_s,
+            shared_s=one.shared_s, predicted_bytes=one.peak_bytes, rounds_s=tuple(found[c, i]["step_s"]),
+            peak_bytes=float(max(found[c, i].get("peak_bytes", [0.0]))), failed=found[c, i].get("failed", ""),
+        )
+        for c, case in enumerate(cases)
+        for i, one in enumerate(case.chosen)
+    ]  # fmt: skip

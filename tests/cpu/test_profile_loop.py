@@ -1,0 +1,47 @@
+"""The closed loop and the GPU check, whole, at their smallest size: every step is run, no figure is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from planner.costmodel.profile import decode_profile
+
+COMMAND = [sys.executable, "-c", "import sys; from planner.cli import entry; sys.exit(entry())"]
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=560, check=False,
+                          env=environment)  # fmt: skip
+
+
+def test_the_loop_closes(tmp_path: Path) -> None:
+    done = run(
+        tmp_path, *COMMAND, "calibrate-loop", "--ranks", "2", "--models", "narrow", "--plans", "3", "--rounds", "2",
+        "--steps", "1", "--budget", "20s", "-o", "loop.md", "--record", "record",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "record" / "closed_loop.json").read_text())["rows"]
+    assert len(rows) == 3 and all(row["failed"] == "" and len(row["rounds_s"]) == 2 for row in rows), rows
+    assert all(row["peak_bytes"] > 0 for row in rows)
+    assert decode_profile((tmp_path / "record" / "closed_loop_profile.json").read_bytes(), "p").samples
+    assert "## Against the targets" in (tmp_path / "loop.md").read_text()
+
+
+def test_the_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "planner.reports.gpu_check", "--out", "found"]
+    done = run(tmp_path, *command, "--tiny", "--limit", "1", "--budget", "20")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "found" / "cases.json").read_text())["rows"]
+    assert row["failed"] == "" and row["step_s"] > 0 and row["peak_bytes"] > 0
+    assert (tmp_path / "found" / "profile.json").exists() and (tmp_path / "found" / "README.md").exists()
+
+
+def test_without_a_gpu_the_check_says_so_in_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, sys.executable, "-m", "planner.reports.gpu_check", "--out", "found", "--cluster", "h200")
+    assert done.returncode == 2 and "no GPU here" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "found").exists()
