@@ -201,12 +201,41 @@ def without_dominated(found: Menu, spare_frac: float) -> Menu:
 
 
 def _dominates(better: GroupCost, group: GroupCost, factor: float) -> bool:
+    fits = group.grid_G <= 2 * group.capacity_tokens  # one point beyond, for what lies between
     return (
         better.ranks == group.ranks
         and better.capacity_tokens >= group.capacity_tokens
         and better.fixed_s <= group.fixed_s * factor
-        and bool((better.per_token_s_G <= group.per_token_s_G * factor).all())
+        and bool((better.per_token_s_G[fits] <= group.per_token_s_G[fits] * factor).all())
     )
+
+
+def core(found: Menu, typical: float) -> Menu:
+    """A small menu: of each number of ranks up to three shapes, and three strategies.
+
+    Shapes: the fastest for a `typical` sequence and for one that fills a quarter and all of the group. Strategies:
+    the two that cost a token of a `typical` sequence least in a full micro-batch, and the one with the most room.
+    """
+    if not found.groups:
+        return found
+    one = [group for group in found.groups if group.ranks == min(g.ranks for g in found.groups)]
+
+    def full_s(group: GroupCost) -> float:
+        return float(group.sequence_s(np.array([typical]))[0]) / typical + group.fixed_s / group.capacity_tokens
+
+    ranked = list(dict.fromkeys(group.strategy for group in sorted(one, key=full_s)))
+    roomy = max(one, key=lambda group: group.capacity_tokens).strategy
+    strategies = dict.fromkeys([*ranked[:2], roomy])
+    kept: dict[tuple[int, int, LayerStrategy], GroupCost] = {}
+    for strategy in strategies:
+        for ranks in sorted({group.ranks for group in found.groups}):
+            same = [g for g in found.groups if g.ranks == ranks and g.strategy == strategy]
+            room = min(same[0].capacity_tokens, float(same[0].grid_G[-1])) if same else 0.0
+            for tokens in (typical, 0.25 * room, room) if same else ():
+                length = np.array([tokens])
+                best = min(same, key=lambda group: float(group.sequence_s(length)[0]) + group.fixed_s)  # noqa: B023
+                kept[best.ulysses, best.ring, strategy] = best
+    return replace(found, groups=tuple(kept.values()))
 
 
 def _keys(shape: DataShape, degrees: tuple[tuple[int, int], ...], batch: Array) -> Keys:

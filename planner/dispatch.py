@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costmodel.sequences import Menu
-from planner.placing import Placed, Rule, Table, bound_s, place, rules, table_of
+from planner.placing import Placed, Rule, Table, bound_s, place, place_somehow, rules, table_of
 
 IntArray = NDArray[np.int64]
 _GROWTH = (1.05, 1.1, 1.2, 1.4, 1.8, 2.6, 4.2, 7.4, 14.0, 28.0)  # of the bound, until a target is met
@@ -132,6 +132,22 @@ def static_dispatch(menu: Menu, lengths: IntArray, kind: int) -> Dispatch | None
     return _written(menu, table, placed, bound_s(menu, table), "static", time.perf_counter() - start_s)
 
 
+def placed_dispatch(menu: Menu, lengths: IntArray, change: Callable[[Table], Table]) -> Dispatch:
+    """The dispatch under a table that `change` restricts: what a rule of somebody else's would do with the batch.
+
+    `lower_bound_s` is that of the unrestricted batch. ValueError if the restriction leaves a sequence no kind.
+    """
+    start_s = time.perf_counter()
+    checked(menu, lengths)
+    table = table_of(menu, lengths)
+    only = change(table)
+    bound = bound_s(menu, only)
+    placed = None if bound == np.inf else _shorten(menu, only, bound, None, 0.002, lambda: False)
+    if placed is None:
+        raise ValueError("the restriction leaves a sequence no group")
+    return _written(menu, table, placed, bound_s(menu, table), "restricted", time.perf_counter() - start_s)
+
+
 def homogeneous(menu: Menu, table: Table, kind: int) -> Placed | None:
     """The best of balanced packings over groups of `kind` alone; None if a sequence does not fit it."""
     only = table.restricted((kind,))
@@ -158,6 +174,7 @@ def _shorten(
             best, high = _shorter(best, found), target
             break
         low = target
+    best = best or place_somehow(menu, table)
     for _ in range(_HALVINGS):
         if best is None or best.time_s <= bound / (1 - gap_frac) or late() or high < low * 1.002:
             break

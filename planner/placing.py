@@ -1,8 +1,7 @@
 """Sequences into groups below a target time, and the bound that no placement beats (SYSTEMS.md 4.4).
 
-`Table` holds the batch sorted longest first with the seconds of every sequence in every kind of group. `place` is
-best fit: kinds in the order of the device time that they cost a sequence; of a kind the open group with the least
-time left that still has time and room. Groups that are open are sorted by the time they have left.
+`Table` holds the batch sorted longest first. `place` is best fit: kinds in the order of the device time that they
+cost a sequence; of a kind the open group with the least time left that still has time and room.
 
 Legend: N sequences, K kinds.
 """
@@ -21,8 +20,8 @@ from planner.costmodel.sequences import Menu
 
 IntArray = NDArray[np.int64]
 _SCANNED = 12  # open groups of a kind looked at for room
-_HALVINGS = 50
-_MULTIPLIERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0)  # of memory, in units of a call's fixed time
+_HALVINGS = 30
+_MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of memory, in units of a call's fixed time
 _SLACK = 1 + 1e-9
 _MORE_STEPS = 2  # micro-steps tried beyond the fewest
 _LEADS = (0.3, 0.5, 0.7, 0.85)
@@ -106,8 +105,8 @@ def bound_s(menu: Menu, table: Table) -> float:
     if not menu.lockstep:
         return _least_time(menu, table, fixed, 0)
     fewest = fewest_steps(menu, table)
-    bounds = [_least_time(menu, table, fixed, steps) for steps in range(fewest, fewest + 6)]
-    more = _least_time(menu, table, fixed, fewest + 6, multipliers=(0.0, 1.0))
+    bounds = [_least_time(menu, table, fixed, steps) for steps in range(fewest, fewest + 3)]
+    more = _least_time(menu, table, fixed, fewest + 3, multipliers=(0.0, 1.0))
     return min(*bounds, more)
 
 
@@ -148,7 +147,7 @@ def _least_time(
     while needed(high) > high:
         high *= 2
     for _ in range(_HALVINGS):
-        if high < low * (1 + 1e-6):
+        if high < low * (1 + 1e-4):
             break
         middle = (low + high) / 2
         low, high = (low, middle) if needed(middle) <= middle else (middle, high)
@@ -222,12 +221,13 @@ class _Open:
 class Rule:
     """How a placement goes about it.
 
-    `steps`: micro-steps. `lead_ranks`: the first of them lasts as long as the longest sequence takes on so many
-    ranks; 0: as long as the others, and `lead_frac` of the way from there to all that they can spare.
-    `patience`: while ranks are free, a sequence opens a group of its cheapest kind rather than join one where it
-    costs more than this times as much device time.
+    `kinds`: those it may use. `steps`: micro-steps. `lead_ranks`: the first of them lasts as long as the longest
+    sequence takes on so many ranks; 0: as long as the others, and `lead_frac` of the way from there to all that they
+    can spare. `patience`: while ranks are free, a sequence opens a group of its cheapest kind rather than join one
+    where it costs more than this times as much device time.
     """
 
+    kinds: tuple[int, ...]
     steps: int
     lead_ranks: int
     lead_frac: float
@@ -235,22 +235,49 @@ class Rule:
 
 
 def rules(menu: Menu, table: Table) -> list[Rule]:
-    """Rules worth trying, in the order in which they tend to be good."""
-    if not menu.lockstep:
-        return [Rule(steps=1, lead_ranks=0, lead_frac=0.0, patience=patience) for patience in _PATIENCE]
-    fewest = fewest_steps(menu, table)
-    ranks = sorted({int(table.ranks_K[k]) for k in np.flatnonzero(np.isfinite(table.seconds_NK[0]))})
-    leads = [(0, 0.0), *((lead, 0.0) for lead in ranks), *((0, frac) for frac in _LEADS)]
-    return [
-        Rule(steps=steps, lead_ranks=lead, lead_frac=frac, patience=patience)
-        for patience in _PATIENCE
-        for steps in range(fewest, fewest + _MORE_STEPS + 1)
-        for lead, frac in (leads if steps > 1 else leads[:1])
-    ]
+    """Rules worth trying, in the order in which they tend to be good: of each strategy alone, and of all."""
+    found: list[tuple[float, int, Rule]] = []
+    for kinds in _families(menu, table):
+        only = table.restricted(kinds)
+        fewest = fewest_steps(menu, only)
+        work = float((only.seconds_NK * only.ranks_K).min(axis=1).sum()) / menu.num_ranks
+        fixed = float(table.fixed_K[list(kinds)].min())
+        ranks = sorted({int(table.ranks_K[k]) for k in np.flatnonzero(np.isfinite(only.seconds_NK[0]))})
+        leads = [(0, 0.0), *((lead, 0.0) for lead in ranks), *((0, frac) for frac in _LEADS)]
+        for p, patience in enumerate(_PATIENCE):
+            for steps in range(fewest, fewest + _MORE_STEPS + 1) if menu.lockstep else (1,):
+                for lead, frac in leads if steps > 1 else leads[:1]:
+                    rule = Rule(kinds=kinds, steps=steps, lead_ranks=lead, lead_frac=frac, patience=patience)
+                    found.append((p + (work + steps * fixed) / (work + fixed), len(found), rule))
+    return [rule for _, _, rule in sorted(found, key=lambda item: item[:2])]
+
+
+def _families(menu: Menu, table: Table) -> list[tuple[int, ...]]:
+    """Kinds of one strategy if those hold every sequence, and all kinds."""
+    usable = [int(k) for k in table.usable()]
+    families = [tuple(usable)]
+    for strategy in dict.fromkeys(menu.groups[k].strategy for k in usable):
+        kinds = tuple(k for k in usable if menu.groups[k].strategy == strategy)
+        if kinds not in families and np.isfinite(table.seconds_NK[0, list(kinds)]).any():
+            families.append(kinds)
+    return families
+
+
+def place_somehow(menu: Menu, table: Table) -> Placed | None:
+    """A placement in as many micro-steps as it takes, whatever its time; None if a sequence fits no kind."""
+    target_s = 1e3 * float(np.where(np.isfinite(table.seconds_NK), table.seconds_NK + table.fixed_K, 0.0).sum())
+    for steps in range(fewest_steps(menu, table), len(table.tokens_N) + 1) if menu.lockstep else (1,):
+        for kinds in _families(menu, table):
+            rule = Rule(kinds=kinds, steps=steps, lead_ranks=0, lead_frac=0.0, patience=math.inf)
+            placed = place(menu, table, target_s, rule)
+            if placed is not None:
+                return placed
+    return None
 
 
 def place(menu: Menu, table: Table, target_s: float, rule: Rule) -> Placed | None:
     """A dispatch of at most `target_s` (under lockstep; else about that), or None if best fit finds none."""
+    table = table.restricted(rule.kinds)
     limits = _limits(table, target_s, rule)
     if limits is None:
         return None
@@ -273,11 +300,9 @@ def _limits(table: Table, target_s: float, rule: Rule) -> list[float] | None:
     equal, least = target_s / rule.steps, float(alone.min()) * _SLACK
     if rule.lead_ranks:
         least = float(alone[table.ranks_K == rule.lead_ranks].min()) * _SLACK
-        if least <= equal:
-            return None
     spare = target_s - (rule.steps - 1) * float(table.fixed_K.min()) - equal
     first = max(equal + rule.lead_frac * max(spare, 0.0), least)
-    if first > target_s or (rule.lead_frac and first == least):
+    if first > target_s or (rule.lead_frac and first == least) or (rule.lead_ranks and least <= equal):
         return None
     rest = (target_s - first) / (rule.steps - 1) if rule.steps > 1 else 0.0
     return [first] + [rest] * (rule.steps - 1)

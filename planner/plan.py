@@ -179,8 +179,59 @@ class Alternative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Sequences of (low, high] tokens, and what carries most of their tokens (`share_of_group` of them).
+
+    `pack_tokens` per rank and `sequences_per_pack` are means over the packs that hold them.
+    """
+
+    low: int
+    high: int
+    share_of_sequences: float
+    share_of_tokens: float
+    ulysses: int
+    ring: int
+    recompute: str
+    offload_activations: bool
+    share_of_group: float
+    pack_tokens: float
+    sequences_per_pack: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencePlan:
+    """What a plan does with sequences of different lengths, by bucket; the dispatcher follows every batch.
+
+    Expected over `num_batches` sampled batches: `step_s` and its 10th and 90th percentile. `lower_bound_s`: no state
+    layout, group or dispatch of the declared space has a smaller mean on them. `static_step_s`: the best plan with
+    groups of one kind that holds the longest sequence (None: none does). `bucket_error_frac`: what rounding lengths
+    up to the buckets' edges would cost; the dispatcher does not round.
+    """
+
+    distribution: str
+    source: str
+    tokens_per_step: int
+    longest_tokens: int
+    cut_frac: float
+    num_batches: int
+    step_s: float
+    step_p10_s: float
+    step_p90_s: float
+    lower_bound_s: float
+    gap_frac: float
+    static_step_s: float | None
+    bucket_error_frac: float
+    num_layouts: int
+    stop_reason: str
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A plan. `certificate` is None when the plan was given by hand instead of searched."""
+    """A plan. `certificate` is None when the plan was given by hand instead of searched.
+
+    With `sequences`, `decisions` is its state layout with the static plan that holds full-length sequences.
+    """
 
     tool_version: str
     inputs: Inputs
@@ -194,6 +245,7 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     executable: bool
     executable_reasons: tuple[str, ...]
+    sequences: SequencePlan | None = None
 
 
 def graph_sha256(graph: ModelGraph) -> str:

@@ -1,0 +1,123 @@
+"""Search over a length distribution: its bound and its plan, the longest that fits, and the plan file's buckets."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from planner.bucketed import LengthOptions, LengthResult, NothingHolds, search_lengths, shapes_of
+from planner.build import Job
+from planner.check import check_plan, problems
+from planner.commands.sequences import NOT_EXECUTED, lengths_of, plan_lengths, sequence_parts
+from planner.costmodel.engine import get_engine
+from planner.costmodel.estimate import machine_for
+from planner.costmodel.graph import ModelGraph
+from planner.costmodel.presets import load_cluster
+from planner.distributions import named
+from planner.errors import InfeasibleError, UserError
+from planner.placing import bound_s, table_of
+from planner.plan import decode_plan, encode_plan
+from planner.reports.shapes import Shape, build_graph
+from planner.space import Limits
+
+LONGEST, TOKENS = 16_384, 100_000
+WIKIPEDIA = named("wikipedia").cut(LONGEST)
+OPTIONS = LengthOptions(batches=2, time_limit_s=1e9)
+
+
+@cache
+def graph() -> ModelGraph:
+    return build_graph(Shape(num_layers=4, hidden=2048, ffn=8192, heads=16, kv_heads=16, head_dim=128, vocab=32_000,
+                             seq_len=LONGEST, gated=False, tied=False, rotary=False))  # fmt: skip
+
+
+@cache
+def job() -> Job:
+    machine = machine_for(graph(), load_cluster("a100-40gb"), get_engine("planner"), 8)
+    return Job(graph=graph(), machine=machine, global_batch_size=8, memory_margin_frac=0.08)
+
+
+@cache
+def result() -> LengthResult:
+    return search_lengths(graph(), job().machine, WIKIPEDIA, TOKENS, Limits(forbidden=frozenset({"pp"})), OPTIONS)
+
+
+def test_bound_is_below_every_dispatch_and_the_mean_of_the_batches_own() -> None:
+    found = result()
+    assert 0 < found.lower_bound_s <= found.step_s
+    menu = found.layout.menu
+    own = np.mean([bound_s(menu, table_of(menu, batch)) for batch in found.batches]) + menu.step_s
+    assert found.layout.lower_bound_s <= own * (1 + 1e-3)  # the layout's bound is over more kinds
+    assert all(d.step_s >= d.lower_bound_s for d in found.dispatches)
+
+
+def test_no_layout_alone_is_better_than_the_bound() -> None:
+    for shape, _ in shapes_of(graph(), 8, Limits(forbidden=frozenset({"pp"}))):
+        limits = Limits(fixed={"tp": shape.tp, "pp": shape.pp, "zero": shape.zero_stage})
+        alone = search_lengths(graph(), job().machine, WIKIPEDIA, TOKENS, limits, OPTIONS)
+        assert alone.step_s >= result().lower_bound_s * (1 - 1e-9)
+
+
+def test_buckets_cover_the_batches_and_long_ones_get_more_ranks() -> None:
+    buckets = result().buckets
+    assert sum(b.share_of_tokens for b in buckets) == pytest.approx(1.0)
+    assert sum(b.share_of_sequences for b in buckets) == pytest.approx(1.0)
+    assert buckets[0].group.ranks <= buckets[-1].group.ranks
+    assert all(b.low < b.high for b in buckets)
+
+
+def test_limits_hold_for_groups() -> None:
+    limits = Limits(fixed={"tp": 1, "recompute": "full"}, forbidden=frozenset({"pp", "ring", "offload_activations"}))
+    found = search_lengths(graph(), job().machine, WIKIPEDIA, TOKENS, limits, OPTIONS)
+    groups = found.layout.menu.groups
+    assert {g.ring for g in groups} == {1} and {g.strategy.recompute for g in groups} == {"full"}
+    assert not any(g.strategy.offload_activations for g in groups)
+
+
+def test_too_long_says_the_longest_that_fits() -> None:
+    long = replace(WIKIPEDIA, tokens_N=np.array([100, 2**26]), share_N=np.array([0.5, 0.5]))
+    with pytest.raises(NothingHolds) as caught:
+        search_lengths(graph(), job().machine, long, TOKENS, Limits(), OPTIONS)
+    assert 1e5 < caught.value.longest_tokens < 2**26
+
+
+def arguments(**changes: object) -> argparse.Namespace:
+    given = {
+        "seq_dist": "wikipedia", "max_seq_len": LONGEST, "tokens_per_step": TOKENS, "global_batch": None, "gap": 0.01,
+        "time_limit": 60.0, "executable_only": False, "objective": "step_s", "seq_len": None,
+    }  # fmt: skip
+    return argparse.Namespace(**{**given, **changes})
+
+
+def test_the_plan_passes_the_checker_and_its_file_keeps_the_buckets() -> None:
+    args = arguments()
+    lengths = lengths_of(args)
+    assert lengths is not None and args.seq_len == LONGEST
+    plan = plan_lengths(args, job(), lengths, Limits(fixed={"tp": 1, "pp": 1}))
+    assert plan.sequences is not None and not problems(check_plan(plan))
+    assert not plan.executable and plan.executable_reasons[0] == NOT_EXECUTED
+    assert decode_plan(encode_plan(plan), "x").sequences == plan.sequences
+    text = " ".join(part for part in sequence_parts(plan.sequences) if isinstance(part, str))
+    assert "best static plan" in text and "lower bound" in text and "rounding lengths" in text
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"seq_dist": None}, "go with --seq-dist"),
+    ({"executable_only": True}, "neither --executable-only"),
+    ({"seq_len": 2048}, "--max-seq-len instead of --seq-len"),
+])  # fmt: skip
+def test_flags_that_do_not_go_together(changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        lengths_of(arguments(**changes))
+
+
+def test_what_the_command_refuses() -> None:
+    with pytest.raises(UserError, match="needs --tokens-per-step"):
+        plan_lengths(arguments(tokens_per_step=None), job(), WIKIPEDIA, Limits())
+    long = replace(WIKIPEDIA, tokens_N=np.array([2**26]), share_N=np.array([1.0]))
+    with pytest.raises(InfeasibleError, match="the longest that does is .*--max-seq-len"):
+        plan_lengths(arguments(), job(), long, Limits())
