@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from planner.costmodel.compute import attention_s, gemm_s
 from planner.costmodel.evidence import Source
@@ -32,6 +32,7 @@ from planner.profiler.trace import child_environment
 
 WHAT = ("ops", "comm", "model", "all")
 _LONGEST_FRAC = 0.01  # of the budget: a kernel expected to run longer for one call is left out
+INTERRUPTED = "interrupted"  # what `died` says after Ctrl-C
 _GRACE_S = 20.0  # beyond the budget: the last measurement, and the end of the ranks
 
 
@@ -263,17 +264,28 @@ def _start_ranks(request: Request, spec: dict[str, Any], folder: Path, out: Path
         ranks_of(command, request.ranks, request.threads, request.platform, folder) as children,
         out.open(encoding="utf-8") as lines,
     ):
-        while True:
-            codes = [child.poll() for child in children]
+        try:
+            return _follow(children, lines, folder, limit_s, collector)
+        except KeyboardInterrupt:
             collector.take(lines.read())
-            if any(codes):
-                return death(codes, folder, describe(collector.current) if collector.current else "")
-            if all(code == 0 for code in codes):
-                return ""
-            if time.monotonic() > limit_s:
-                doing = f" in {describe(collector.current)}" if collector.current else ""
-                return f"the ranks did not end {_GRACE_S:g} s after the budget and were stopped{doing}"
-            time.sleep(0.05)
+            return INTERRUPTED
+
+
+def _follow(
+    children: list[subprocess.Popen[bytes]], lines: IO[str], folder: Path, limit_s: float, collector: _Collector
+) -> str:
+    """Read what rank 0 writes until the ranks end; what died, in words, or ''."""
+    while True:
+        codes = [child.poll() for child in children]
+        collector.take(lines.read())
+        if any(codes):
+            return death(codes, folder, describe(collector.current) if collector.current else "")
+        if all(code == 0 for code in codes):
+            return ""
+        if time.monotonic() > limit_s:
+            doing = f" in {describe(collector.current)}" if collector.current else ""
+            return f"the ranks did not end {_GRACE_S:g} s after the budget and were stopped{doing}"
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace) -> int:
-    from planner.profiler.profile import run_profile
+    from planner.profiler.profile import INTERRUPTED, run_profile
 
     path = args.output or Path("profile.json")
     check_writable(path)
@@ -126,7 +126,7 @@ def _measure(args: argparse.Namespace) -> int:
         return OK
     write_atomic(path, encode_profile(outcome.profile))
     arguments.answer(_measured(outcome, path, request), args, to_file=False)
-    if outcome.died:
+    if outcome.died and outcome.died != INTERRUPTED:
         print(f"planner: {outcome.died}; what was measured before is in {path}", file=sys.stderr)
         return USAGE
     return OK
@@ -211,7 +211,8 @@ class _Line:
 
 
 def _measured(outcome: Outcome, path: Path, request: Request) -> Report:
-    ends = "nothing uncertain is left" if outcome.settled else f"stopped at the budget of {request.budget_s:g} s"
+    early = outcome.died or f"stopped at the budget of {request.budget_s:g} s"
+    ends = "nothing uncertain is left" if outcome.settled else early
     lines = [f"measured {outcome.measured} samples on {request.ranks} ranks; {ends}"]
     lines += [f"left out {case.kind} {case.name}: {why}" for case, why in outcome.failed[:3]]
     lines += [f"note     {text}" for text in doubts(outcome.profile, request.today)]

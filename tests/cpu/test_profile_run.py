@@ -255,3 +255,13 @@ def test_a_trace_of_this_torch_is_read(tmp_path: Path) -> None:
     cut.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="cut off"):
         import_trace(cut, "2026-11-24", "1")
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    run = subprocess.Popen([*COMMAND, "profile", "ops", "--budget", "120s", "-o", "p.json"], cwd=tmp_path,
+                           stdout=subprocess.PIPE, text=True)  # fmt: skip
+    time.sleep(25)
+    run.send_signal(signal.SIGINT)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "interrupted" in text
+    assert decode_profile((tmp_path / "p.json").read_bytes(), "p.json").samples
