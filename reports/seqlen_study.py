@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def bytescale() -> Iterator[Workload]:
         for gpus in (1024, 4096, 12_288):
             lengths = named(corpus).cut(2048 * K)
             batches = lengths.batches(2, gpus * 8 * K, 0)
-            yield Workload(name=f"7B 2M {corpus}, {gpus:,} GPUs", shape=shape, cluster="h800-80gb", gpus=gpus,
+            yield Workload(name=f"7B 2M {corpus}, {gpus:,} GPUs", shape=shape, cluster="h800", gpus=gpus,
                            lengths=lengths, batches=batches, zero=1)  # fmt: skip
 
 
@@ -235,33 +236,37 @@ def plot(rows: list[Row], published: dict[str, tuple[float, float]], path: Path)
             axis.plot(*zip(*marked, strict=True), "D", color="#d1605e", label="published (FlexSP)")
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_ylabel(f"speed-up over {system}")
-        axis.legend(loc="upper left", frameon=False)
+        axis.margins(y=0.3)
+        axis.legend(loc="upper left", ncols=2, frameon=False)
     axes[-1].set_xticks(at, [row.name for row in rows], rotation=60, ha="right", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
-    """Simulate and write; each family's rows are kept in a .json beside the report."""
+    """Simulate what reports/seqlen_study.json does not hold yet, keep every row there, and write the report."""
     which = sys.argv[1:] or ["flexsp", "bytescale"]
     kept = HERE / "seqlen_study.json"
     data = json.loads(kept.read_text()) if kept.exists() else {}
     for family in which:
-        works = [w for w, _ in flexsp()] if family == "flexsp" else list(bytescale())
-        rows = []
-        for work in works:
+        rows = data.setdefault(family, {})
+        for work in [w for w, _ in flexsp()] if family == "flexsp" else list(bytescale()):
+            if work.name in rows:
+                continue
             row = simulate(work)
-            print(row.name, {k: v and round(v, 2) for k, v in row.step_s.items()}, round(row.gap_frac, 3), flush=True)
-            rows.append(row)
-        data[family] = [{"name": r.name, "step_s": r.step_s, "gap_frac": r.gap_frac, "tokens": r.tokens} for r in rows]
-    kept.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-    write(data)
+            rows[work.name] = {"step_s": row.step_s, "gap_frac": row.gap_frac, "tokens": row.tokens}
+            print(row.name, rows[work.name], flush=True)
+            kept.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+            write(data)
 
 
-def write(data: dict[str, list[dict[str, object]]]) -> None:
-    """The report and its plot."""
-    families = {name: [Row(**row) for row in rows] for name, rows in data.items()}  # type: ignore[arg-type]
+def write(data: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """The report and its plot, rows in the order of the workloads."""
     published = {work.name: said for work, said in flexsp()}
+    families = {
+        family: [Row(name=name, **rows[name]) for name in sorted(rows, key=[*published, *rows].index)]
+        for family, rows in data.items()
+    }
     lines = (HERE / "seqlen_study_head.txt").read_text().splitlines()
     for family, rows in families.items():
         lines += ["", f"## {family}", "", *table(rows, published)]
