@@ -21,6 +21,7 @@ class FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        """Allocate and save what the kernel does."""
         batch, heads, length, _ = q.shape
         dim = v.shape[-1]
         # The kernel writes (batch, length, heads, dim), so that merging heads afterwards is a view.
