@@ -215,8 +215,10 @@ _ENGINES = (
         zero_stages=(0, 1),
         sp_saves_gathered=True,
         accumulate_bytes=10.0,
+        grad_bytes=6.0,
         logit_bytes=16.0,
-        note="nanotron: FlashAttention-2, ZeRO 0/1, no recompute by default, fp32 gradient accumulation",
+        note="nanotron: FlashAttention-2, ZeRO 0/1, no recompute by default; gradients are accumulated in fp32 beside "
+        "the 16-bit ones (Ultra-Scale Playbook, memory of weights, gradients and optimizer states)",
     ),
     EngineSpec(
         name="llm-foundry",
