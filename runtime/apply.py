@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.strategy import PlanSpec
@@ -129,7 +130,7 @@ def _dry_pass(p: Parallel) -> None:
             if param is not None:
                 owner._parameters[name] = local[names[id(param)]]
         for (owner, name), buffer in buffers.items():
-            owner._buffers[name] = buffer.to("meta")
+            owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
         tokens = torch.empty((p.spec.micro_batch_size, p.ctx.seq_len), dtype=torch.int64, device="meta")
         with torch.no_grad(), torch.device("meta"), p.chain.recording():
             with ShardMode(p.ctx) if p.uses_rules else nullcontext():
@@ -137,7 +138,7 @@ def _dry_pass(p: Parallel) -> None:
 
     p.ctx.skip_embedding = False
     try:
-        with _unpacked():
+        with _unpacked(), unset_fake_temporarily():  # meta tensors are enough, and faster than a dry run's fake ones
             cutting.settle(p.cuts, run, p.ctx)
     finally:
         for (owner, name), param in before.items():
@@ -284,7 +285,8 @@ def _localise(p: Parallel, names: dict[int, str], mine: frozenset[str]) -> set[n
                         part = part.chunk(spec.ep)[p.expert_rank]
                     made[name] = nn.Parameter(part.to(p.device).clone().contiguous(), requires_grad=param.requires_grad)
                 else:
-                    nothing = torch.zeros((), dtype=param.dtype, device=p.device).expand(param.shape)
+                    dtype = (p.dtype or param.dtype) if param.is_floating_point() else param.dtype
+                    nothing = torch.zeros((), dtype=dtype, device=p.device).expand(param.shape)
                     made[name] = nn.Parameter(nothing, requires_grad=False)
                     ghosts.add(made[name])
             owner._parameters[attribute] = made[name]
