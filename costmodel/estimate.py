@@ -189,7 +189,7 @@ def _estimate(
     ranks = _rank_work(graph, spec, rates, machine)
     m = spec.num_microbatches
     fwd, bwd, wgt, extra = ranks.forward_s, ranks.backward_s, ranks.weight_s, ranks.extra_s
-    pipe_s = float(pipeline_s(spec.schedule, fwd, bwd, wgt, m, spec.vpp, extra, _end_s(ranks, rates)))
+    pipe_s = float(pipeline_s(spec.schedule, fwd, bwd, wgt, m, spec.vpp, extra, _end_s(spec, ranks, rates)))
     total = fwd + bwd + wgt + extra
     bottleneck = int(np.argmax(total))
     sync_s = ranks.sync.total_s
@@ -248,11 +248,20 @@ def _with_ends(body: Array, rates: Rates, name: str, first: int, last: int) -> A
     return body
 
 
-def _end_s(ranks: _Ranks, rates: Rates) -> Array:
-    """Seconds of each rank that prologue and epilogue take, (P,)."""
+def _end_s(spec: PlanSpec, ranks: _Ranks, rates: Rates) -> Array:
+    """By how much the chunk with the prologue or epilogue outlasts the other chunks of its rank, seconds, (P,).
+
+    A chunk with fewer layers than those gives its end room: as many layers of the rank's mean time.
+    """
     end = np.zeros_like(ranks.forward_s)
-    for rank, part in ((ranks.first, rates.prologue), (ranks.last, rates.epilogue)):
+    layer_C = (rates.forward_s_CK + rates.backward_s_CK + rates.weight_s_CK)[:, 0]
+    n_pc = ranks.counts_PCS.sum(axis=2)
+    sizes = [b - a for a, b in spec.stage_layers]
+    for stage, rank, part in ((0, ranks.first, rates.prologue), (len(sizes) - 1, ranks.last, rates.epilogue)):
+        others = [size for k, size in enumerate(sizes) if k != stage and spec.rank_of(k) == rank]
+        mean_s = float(n_pc[rank] @ layer_C) / max(float(n_pc[rank].sum()), 1.0)
         end[rank] += float(part.forward_s[0] + part.backward_s[0] + part.weight_s[0])
+        end[rank] += (sizes[stage] - sum(others) / len(others)) * mean_s if others else 0.0
     return end
 
 
