@@ -31,6 +31,7 @@ from planner.outline import (
 from planner.space import SCHEDULES, Cells, IntArray
 
 _HALVINGS = 6  # of the interval of theta; ordering only, any number is valid
+_LONG_S = 1e9  # a bottleneck that leaves only memory to decide
 _SAFE = 1 - 1e-9  # bounds give up this much to rounding
 
 
@@ -55,15 +56,15 @@ def _whole_layers(shape: Shape, work: Work, main: int, num_layers: float) -> Arr
     first = placed * (work.first_s + np.where(both, work.last_s, 0.0))
     last = np.where(both, 0.0, work.last_s) * placed
     middle = np.where(both, shape.pp - 1, shape.pp - 2)
+    # From least on, within one t every rank gains one unit, and a rank gains it at its end plus a multiple of t.
+    least = np.maximum((needed * t + first + last) / shape.pp, np.maximum(first, last))
     best = np.full_like(t, np.inf)
-    base = np.ceil(needed / shape.pp)
     for end in (np.zeros_like(t), first, last):
-        for extra in (-1, 0, 1):
-            theta = np.maximum(base + extra, 1) * t + end
-            room = middle * np.floor(theta / t + 1e-9) + np.floor(np.maximum(theta - first, 0) / t + 1e-9)
-            room = room + np.where(both, 0.0, np.floor(np.maximum(theta - last, 0) / t + 1e-9))
-            best = np.where((room >= needed - 1e-9) & (theta < best), theta, best)
-    return np.asarray(np.where(np.isfinite(best), best + shape.p2p_s, 0.0))
+        theta = end + np.ceil((least - end) / t - 1e-9) * t
+        room = middle * np.floor(theta / t + 1e-9) + np.floor(np.maximum(theta - first, 0) / t + 1e-9)
+        room = room + np.where(both, 0.0, np.floor(np.maximum(theta - last, 0) / t + 1e-9))
+        best = np.where((room >= needed - 1e-9) & (theta < best), theta, best)
+    return np.asarray(np.where(np.isfinite(best), best, least) + shape.p2p_s)
 
 
 def cell_bounds(graph: ModelGraph, prices: Prices, key: IntArray, cells: Cells, machine: Machine) -> Array:
@@ -99,17 +100,17 @@ def candidate_bounds(
     bound = step_s(shape, work, low) + rates.step_s_K + sync
     groups = rank_groups(rates, shape)
     room = [usable_bytes - rates.fixed_bytes_K - g.end_bytes for g in groups]
-    open_ = (bound < target) & (np.min(np.stack([*room]), axis=0) >= 0)
+    open_ = (bound < target) & (np.min(np.stack(room), axis=0) >= 0)
     result = np.where(bound < target, np.inf, bound)
     at = np.flatnonzero(open_)
     if len(at):
-        result[at] = _memory_bound(graph, rates, shape, work, groups, room, low, high, sync, at, np.isfinite(target_s))
+        result[at] = _memory_bound(graph, rates, shape, work, groups, room, low, high, sync, at)
     return result * _SAFE
 
 
 def _memory_bound(
     graph: ModelGraph, rates: Rates, shape: Shape, work: Work, groups: list[Group], room: list[Array],
-    low: Array, high: Array, sync: Array, at: IntArray, finite: bool,
+    low: Array, high: Array, sync: Array, at: IntArray,
 ) -> Array:  # fmt: skip
     """Bisect theta between `low` and `high` for the candidates `at` by the summed caps of all ranks."""
     caps = Caps(graph, rates, shape, groups, room, at)
@@ -127,8 +128,9 @@ def _memory_bound(
         hi, lo = np.where(ok, middle, hi), np.where(ok, lo, middle)
     theta = np.where(at_low, low[at], lo)
     value = step_s(here, part, theta) + rates.step_s_K[at] + sync[at]
-    beyond = step_s(here, part, high[at]) + rates.step_s_K[at] + sync[at] if finite else np.full(len(at), np.inf)
-    return np.where(possible, value, beyond)
+    beyond = step_s(here, part, high[at]) + rates.step_s_K[at] + sync[at]
+    fits = caps.enough(np.full(len(at), _LONG_S))
+    return np.where(possible, value, np.where(fits, beyond, np.inf))
 
 
 def _least_sync(graph: ModelGraph, rates: Rates, shape: Shape, theta_s: Array, machine: Machine) -> Array:

@@ -54,7 +54,10 @@ def candidate_rates(
     layout = state_layout(cells, candidates)
     pp, vpp = cells.pp[at].astype(float), cells.vpp[at].astype(float)
     rates = build_rates(graph, prices.take(key[at]), layout, pp, np.ones_like(vpp) if one_chunk else vpp, machine)
-    allowed = allowed_strategies(uses(cells, at, candidates.layout), limits)
+    used = uses(cells, at, candidates.layout)
+    if one_chunk:  # stands for all schedules of its group: none of them excludes anything
+        used = {name: on for name, on in used.items() if name not in {kind.value for kind in SCHEDULES}}
+    allowed = allowed_strategies(used, limits)
     if allowed.all():
         return rates
     return replace(rates, extra_s_CSK=np.where(allowed, rates.extra_s_CSK, np.inf))

@@ -95,7 +95,8 @@ class _State:
     number: int = 0
     solved: int = 0
     unfit: int = 0
-    closed: bool = False  # whether a bound closed anything
+    closed: int = 0  # candidates that a bound closed
+    pending_s: float = np.inf  # bound of what the step at work has taken up
     lower_s: float = np.inf  # smallest relaxation of what was solved under a restriction
 
     @property
@@ -138,7 +139,10 @@ def search(
     on_progress: Callable[[Progress], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SearchResult:
-    """Search the whole declared space. KeyboardInterrupt returns the best so far with its gap."""
+    """Search the whole declared space. KeyboardInterrupt returns the best so far with its gap.
+
+    Before anything is bounded there is nothing to return, and KeyboardInterrupt goes on to the caller.
+    """
     start_s = clock()
     cells = enumerate_cells(graph, machine.num_gpus, global_batch_size, limits)
     if not len(cells):
@@ -180,6 +184,7 @@ def _run(context: _Context, state: _State) -> str:
             return "exhausted" if context.options.gap_frac == 0 or least == np.inf else "gap"
         if context.clock() - context.start_s > context.options.time_limit_s:
             return "time_limit"
+        state.pending_s = least  # an interrupted step has closed nothing that is better than this
         if raw == least:
             _refine(context, state, target)
         elif cell == least:
@@ -189,12 +194,13 @@ def _run(context: _Context, state: _State) -> str:
                     _solve_next(context, state)
         else:
             _solve_next(context, state)
+        state.pending_s = np.inf
         _report(context, state)
 
 
 def _target(context: _Context, state: _State) -> float:
     """Bounds from here on are of no interest: the incumbent is proved good enough against them."""
-    return state.incumbent_s * (1 - context.options.gap_frac)
+    return state.incumbent_s * (1 - context.options.gap_frac) if state.best else np.inf
 
 
 def _open_bounds(context: _Context, state: _State) -> tuple[float, float, float]:
@@ -215,12 +221,16 @@ def _refine(context: _Context, state: _State, target: float) -> None:
     new, first = np.unique(group, return_index=True)
     unseen = np.array([int(g) not in state.groups for g in new])
     candidates = _candidates(context, block[first[unseen]], None)
+    found = np.zeros(0)
     if len(candidates):
         rates = _rates(context, candidates, one_chunk=True)
         shape = outline.ideal_shape(context.cells, candidates.cell)
         found = _candidate_bounds(context, rates, shape, target)
-        for cell in block[first[unseen]]:
-            state.groups[int(context.group[cell])] = found[candidates.cell == cell]
+    start = 0
+    for cell in block[first[unseen]]:
+        size = len(_layouts(context, cell))
+        state.groups[int(context.group[cell])] = found[start : start + size]
+        start += size
     for cell, g in zip(block, group, strict=True):
         least = state.groups[int(g)].min(initial=np.inf)
         if least < target:
@@ -228,7 +238,7 @@ def _refine(context: _Context, state: _State, target: float) -> None:
         elif least == np.inf:
             state.unfit += len(_layouts(context, cell))
         else:
-            state.closed = True
+            state.closed += len(_layouts(context, cell))
 
 
 def _candidates(context: _Context, block: IntArray, keep: list[IntArray] | None) -> Candidates:
@@ -259,7 +269,7 @@ def _expand(context: _Context, state: _State, target: float) -> None:
     state.expand = min(2 * state.expand, _EXPANDED[1])
     ideal = [state.groups[int(context.group[cell])] for cell in block]
     state.unfit += sum(int(np.isinf(b).sum()) for b in ideal)
-    state.closed |= any(bool(((b >= target) & np.isfinite(b)).any()) for b in ideal)
+    state.closed += sum(int(((b >= target) & np.isfinite(b)).sum()) for b in ideal)
     candidates = _candidates(context, np.array(block), [np.flatnonzero(b < target) for b in ideal])
     if not len(candidates):
         return
@@ -268,7 +278,7 @@ def _expand(context: _Context, state: _State, target: float) -> None:
     found = _candidate_bounds(context, rates, shape, target)
     state.unfit += int(np.isinf(found).sum())
     keep = np.flatnonzero(found < target)
-    state.closed |= len(keep) + int(np.isinf(found).sum()) < len(found)
+    state.closed += len(found) - len(keep) - int(np.isinf(found).sum())
     state.blocks.append((candidates.take(keep), rates.take(keep)))
     for i, bound in enumerate(found[keep]):
         heapq.heappush(state.candidates, (float(bound), state.number, len(state.blocks) - 1, i))
@@ -325,7 +335,7 @@ def _report(context: _Context, state: _State) -> None:
 def _bound(context: _Context, state: _State) -> float:
     """Smallest step time that anything not refuted could have."""
     closed = _target(context, state) if state.closed else np.inf
-    return float(min(*_open_bounds(context, state), closed, state.lower_s, state.incumbent_s))
+    return float(min(*_open_bounds(context, state), closed, state.pending_s, state.lower_s, state.incumbent_s))
 
 
 def _result(context: _Context, state: _State, reason: str) -> SearchResult:
@@ -337,8 +347,7 @@ def _result(context: _Context, state: _State, reason: str) -> SearchResult:
         reason = "exhausted"  # what was solved under a restriction keeps the gap open
     reason = "infeasible" if not state.best and reason == "exhausted" else reason
     unproved = reason in ("time_limit", "interrupted")
-    left = _num_candidates(context, context.order[state.position :]) + len(state.candidates) if unproved else 0
-    left += _num_candidates(context, np.array([cell for _, cell in state.cells], np.int64)) if unproved else 0
+    left = total - state.solved - state.unfit - state.closed if unproved else 0
     ledger = {
         "solved": state.solved,
         "closed_by_bound": total - state.solved - state.unfit - left,

@@ -10,9 +10,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 
+import planner.search
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import estimate_many, machine_for, model_facts
 from planner.costmodel.graph import LayerRun, ModelGraph
@@ -348,3 +350,63 @@ def test_combinations_are_kept_apart() -> None:
     assert other.step_s >= free.step_s
     names = {name for layer in other.spec.layers for name in strategy_uses(layer)} | {other.spec.schedule.value}
     assert not any(pair <= names for pair in apart)
+
+
+def test_a_heavy_head_does_not_break_the_bound() -> None:
+    """The head costs several layers, so that the best bottleneck is far from an even share of the layers."""
+    shape = replace(DENSE, num_layers=12, hidden=768, ffn=3072, heads=12, kv_heads=4, head_dim=64, vocab=128_256)
+    graph = build_graph(replace(shape, seq_len=4096))
+    machine = small_machine(graph, 4, 80e9)
+    fixed: dict[str, int | str] = {"tp": 1, "cp": 1, "micro_batch_size": 1, "pp": 4, "schedule": "1f1b"}
+    limits = Limits(fixed=fixed, forbidden=frozenset(NO_OPTIMIZER))
+    found = search(graph, machine, 16, limits, EXACT).plans[0]
+    mesh = replace(found.spec, stage_layers=(), layers=(LayerStrategy(recompute="none"),) * 12)
+    every = estimate_many(graph, machine, list(partitions(mesh, graph)))
+    assert found.step_s == pytest.approx(min(e.step_s for e in every), rel=1e-9)
+
+
+def test_a_slow_strategy_still_fits() -> None:
+    graph = dense_graph()
+    fixed: dict[str, int | str] = {"recompute": "none", "offload_activations": 1, "tp": 1, "cp": 1}
+    result = search(graph, small_machine(graph, 4, 80e9), 16, Limits(fixed=fixed), EXACT)
+    assert result.plans and result.ledger["does_not_fit"] == 0
+
+
+def test_schedules_that_exclude_options_do_not_exclude_them_for_others() -> None:
+    graph = dense_graph()
+    machine = small_machine(graph, 4, 1.6e9)
+    fixed: dict[str, int | str] = {"pp": 2, "tp": 1, "cp": 1, "zero": 1}
+    apart = tuple(frozenset({kind, s}) for kind in ("zb_h1", "zb_v") for s in ("selective", "full"))
+    alone = [
+        search(graph, machine, 8, Limits(fixed=fixed | {"schedule": kind}), EXACT) for kind in ("1f1b", "interleaved")
+    ]
+    best = min(found.step_s for result in alone for found in result.plans)
+    together = search(graph, machine, 8, Limits(fixed=fixed, combinations=apart), EXACT)
+    assert together.plans[0].step_s <= best * (1 + 1e-9)
+
+
+def test_no_layout_at_all_is_infeasible() -> None:
+    graph = dense_graph()
+    result = search(graph, small_machine(graph, 1, 80e9), 8, Limits(fixed={"zero": 3}), EXACT)
+    assert result.stop_reason == "infeasible"
+
+
+@pytest.mark.parametrize("name", ["candidate_bounds", "solve"])
+def test_an_interrupted_step_proves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = dense_graph()
+    machine = small_machine(graph, 8, 1.2e9)
+    optimum = best_s(machine)
+    module = planner.search.bounds if name == "candidate_bounds" else planner.search
+    original = getattr(module, name)
+    for last in (1, 2, 3):
+        calls = itertools.count(1)
+
+        def interrupted(*args: Any, calls: Any = calls, last: int = last) -> Any:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(module, name, lambda *args, run=interrupted, **named: run(*args, *named.values()))
+        result = search(graph, machine, 16, Limits(), EXACT)
+        assert result.lower_bound_s <= optimum * (1 + 1e-9)
+        assert result.ledger["closed_by_bound"] + result.ledger["open"] >= 0
