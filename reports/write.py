@@ -181,14 +181,15 @@ _MEMORY_NOTES = [
     "What was tried for nanotron, whose rows make up most of the error:", "",
     "1. Gradients in 16 bits beside the fp32 accumulation buffer, as its authors document: kept. Median error of its "
     "rows 12.4 -> 9.5 %, mean regret of its groups 1.45 -> 1.34. A least-squares fit of what was missing gives 2.3 to "
-    "3.9 bytes per parameter, not divided by ZeRO, whichever of the three models is left out (0.9 to 1.9 beyond "
-    "these 2); the optimizer step's temporaries would be divided by ZeRO-1, and their coefficient is zero.",
+    "3.9 bytes per parameter, not divided by ZeRO, whichever of the three models is left out (0.3 to 1.9 beyond "
+    "these 2; tp up to 4, micro-batches of 1; this fit was seen before the choice); "
+    "the optimizer step's temporaries would be divided by ZeRO-1, and their coefficient is zero.",
     "2. Gathering the inputs of column-parallel linears again in backward instead of keeping them "
     "(`tp_recompute_allgather`, which the rows do not state): right at pp 2 and tp 16 or 32 (within 16 to 23 % where "
     "keeping them is off by +63 to +136 %), wrong at pp 1 (-28 to -39 %) and at pp 8. Neither fits all, and no field "
     "of the rows says which holds; not kept, since choosing by pp would be a fudge.",
     "3. The peak of the last pipeline rank, where nanotron logs, instead of the fullest: -50 % at pp 4 and more. The "
-    "figures are of the fullest rank; not kept.", "",
+    "figures fit the fullest rank better; not kept.", "",
     "Rows whose printed peak falls when the micro-batch grows (tp 32: 62.9 GiB at 32, 46.0 at 64) cannot be met by any "
     "ledger. BLOOM's figures are nvidia-smi's, with the allocator's cache, which the ledger does not predict.",
 ]
