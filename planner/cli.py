@@ -26,6 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "profile": ("planner.commands.profile", "measure this machine, so that plans rest on measurements"),
     "calibrate-loop": ("planner.reports.closed_loop", "profile, plan, run, compare: how good predictions are here"),
     "accuracy": ("planner.reports.accuracy", "predictions against published and measured runs"),
+    "ckpt": ("planner.runtime.ckpt", "what a checkpoint folder holds"),
     "env": ("planner.commands.env", "versions, for bug reports"),
 }
 _EXITS = "exit codes: 0 done, 1 our bug, 2 unusable input, 3 nothing fits, 4 stale plan, 5 accuracy gate, 130 Ctrl-C"

@@ -81,10 +81,12 @@ COMBINATIONS: tuple[Combination, ...] = (
 )
 
 
-def reasons(spec: PlanSpec) -> tuple[str, ...]:
-    """Why the runtime cannot execute `spec`, one line each; empty if it can."""
+def reasons(spec: PlanSpec, experts: bool = False) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec`, one line each; empty if it can. `experts`: the model has routed ones."""
     found = [f"{o.name}: {o.reason}" for o in OPTIONS if o.reason and o.used(spec)]
     found += [f"{' with '.join(c.names)}: {c.reason}" for c in COMBINATIONS if c.used(spec)]
+    if experts and spec.tp > 1 and spec.ep == 1:
+        found.append("tp on experts: the runtime does not cut experts by tensor parallelism yet")
     return tuple(found)
 
 

@@ -164,11 +164,16 @@ def engine_of(name: str) -> EngineSpec:
         raise UserError(str(error)) from None
 
 
-def executable_reasons(spec: PlanSpec) -> tuple[str, ...]:
-    """Why the runtime cannot execute `spec`; empty if it can."""
+def has_experts(graph: ModelGraph) -> bool:
+    """Whether the model routes tokens to experts."""
+    return any(layer.num_experts > 1 for layer in graph.classes)
+
+
+def executable_reasons(spec: PlanSpec, graph: ModelGraph) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec` of `graph`; empty if it can."""
     from planner.runtime.support import reasons
 
-    found: tuple[str, ...] = reasons(spec)
+    found: tuple[str, ...] = reasons(spec, has_experts(graph))
     return found
 
 

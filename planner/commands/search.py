@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     limits = arguments.limits_of(engine, args.fix, args.forbid, args.executable_only)
     lengths = sequences.lengths_of(args)
     graph = arguments.load_graph(args)
+    if args.executable_only and arguments.has_experts(graph):
+        limits = replace(limits, forbidden=limits.forbidden | {"tp"})  # the runtime cuts no experts by TP
     if args.save_graph:
         from planner.profiler.graph_io import encode_graph
 
@@ -217,7 +219,7 @@ def _first_sound(
     """(the first plan without a problem, the first problem of the first plan that has one)."""
     first: Finding | None = None
     for index, found in enumerate(result.plans):
-        reasons = arguments.executable_reasons(found.spec)
+        reasons = arguments.executable_reasons(found.spec, job.graph)
         if args.executable_only and reasons:
             continue
         others = tuple(other.spec for other in result.plans[index + 1 :])

@@ -84,7 +84,7 @@ def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: L
         raise UserError(f"--seq-dist: {error}") from None
     record = _record(result, lengths, tokens)
     for spec in _static_specs(job, result, tokens):
-        reasons = (NOT_EXECUTED, *arguments.executable_reasons(spec))
+        reasons = (NOT_EXECUTED, *arguments.executable_reasons(spec, job.graph))
         plan = build_plan(replace(job, global_batch_size=spec.global_batch_size), spec, tool_version(), reasons)
         if not problems(check_plan(plan)):
             return replace(plan, sequences=record)
