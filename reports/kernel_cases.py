@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from planner.kernels import dispatch, exchange, gla, loss, norm, pointwise, quantize, ring
+from planner.kernels import dispatch, exchange, gla, loss, lstm, norm, pointwise, quantize, ring
 
 Call = Callable[..., Any]
 
@@ -28,8 +28,10 @@ class Case:
     inputs: Callable[[str, bool], tuple[torch.Tensor, ...]]
     ours: Call
     plain: Call
-    goal_frac: float
-    backward_goal_frac: float | None = None  # None: forward only
+    goal_frac: float | None  # None: the goal is not one of bandwidth (a latency-bound recurrence)
+    backward_goal_frac: float | None = None
+    backward: bool = True
+    plain_is_peer: bool = True  # not a loop over time steps or no computation at all
     differentiable: int | None = None  # how many of the first inputs take gradients; None: all
     whole: bool = False  # forward and backward only together: the gradients are made in forward
     roof: str = "copy"  # "copy" | "gemm"
@@ -180,6 +182,23 @@ def _round_trip(x: torch.Tensor) -> torch.Tensor:
     return quantize.dequantize_sum(packed[None], scale[None], x.numel(), 8, 256, x.dtype)
 
 
+def _gates_lstm(device: str, small: bool) -> tuple[torch.Tensor, ...]:
+    batch, time, heads, dim = (17, 6, 2, 16) if small else (16, 1024, 8, 64)
+    x, r = _normal(device, (batch, time, heads, 4, dim), (heads, 4, dim, dim))
+    return x, r * dim**-0.5
+
+
+def _lstm_loop(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    h = c = x.new_zeros((x.shape[0], x.shape[2], x.shape[4]))
+    outs = []
+    for t in range(x.shape[1]):
+        i, f, z, o = (x[:, t] + torch.einsum("bhd,hgde->bhge", h, r)).unbind(2)
+        c = f.sigmoid() * c + i.sigmoid() * z.tanh()
+        h = o.sigmoid() * c.tanh()
+        outs.append(h)
+    return torch.stack(outs, 1)
+
+
 def _pack(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(2, (4, -1)).permute(2, 0, 1, 3, 4).contiguous()
 
@@ -216,13 +235,21 @@ CASES = (
     ),
     Case(
         name="merge_partials", inputs=_partials, ours=lambda *t: ring.merge_partials(*t)[0], plain=_merge,
-        goal_frac=0.85,
+        goal_frac=0.85, backward=False,
     ),
     Case(
         name="gla", inputs=_gates, ours=lambda *t: gla.gated_linear_attention(*t)[0], plain=_recurrence,
-        goal_frac=0.4, backward_goal_frac=0.4, tolerance=3e-2, peers={"fla": ("fla", _fla)},
+        goal_frac=0.4, backward_goal_frac=0.4, tolerance=3e-2, plain_is_peer=False,
+        peers={"fla": ("fla", _fla)},
     ),
-    Case(name="quantize_int8", inputs=_flat, ours=_round_trip, plain=lambda x: x, goal_frac=0.85),
+    Case(
+        name="lstm", inputs=_gates_lstm, ours=lambda x, r: lstm.lstm(x, r)[0], plain=_lstm_loop, goal_frac=None,
+        tolerance=3e-2, plain_is_peer=False,
+    ),
+    Case(
+        name="quantize_int8", inputs=_flat, ours=_round_trip, plain=lambda x: x, goal_frac=0.85, backward=False,
+        plain_is_peer=False,
+    ),
     Case(
         name="ulysses_pack", inputs=_heads, ours=lambda x: exchange.pack_heads(x, 4), plain=_pack, goal_frac=0.85,
         backward_goal_frac=0.85,

@@ -100,6 +100,15 @@ CASES = {
         module="triton_quantize", kernel="dequantize_sum_kernel", types="*i8 *fp32 *bf16 i32 i32 i32",
         constants={"INT4": True, "ROWS": 16, "BLOCK": 256}, num_warps=4,
     ),
+    "lstm": Case(
+        module="triton_lstm", kernel="forward_lstm_kernel",
+        types="*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *bf16 i32 i32 i32", constants={"B": 16, "D": 64}, num_warps=4,
+    ),
+    "lstm_backward": Case(
+        module="triton_lstm", kernel="backward_lstm_kernel",
+        types="*bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 *fp32 *fp32 i32 i32 i32", constants={"B": 16, "D": 64},
+        num_warps=4,
+    ),
 }  # fmt: skip
 
 
@@ -128,6 +137,7 @@ def _inspect(cubin: bytes, arch: int) -> dict[str, int]:
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "vector_loads": len(re.findall(r"LDG\.E\.\S*128|LDGSTS\.E\.\S*128|UTMALDG", sass)),
         "matrix": len(re.findall(MATRIX[arch], sass)),
+        "hmma": len(re.findall(MATRIX[80], sass)),
     }
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from planner.kernels import exchange, gla, loss, norm, pointwise, ring
+from planner.kernels import exchange, gla, loss, lstm, norm, pointwise, ring
 from planner.kernels.counters import WorkCounter
 
 RANKS = 2
@@ -127,6 +127,10 @@ def attention(mesh: Any, x: torch.Tensor) -> None:
     sharded(mesh, ring.ring_step, [q, q, q, q, lse, *rest], [s(1)] * 5 + rest_places, [s(1)] * 2)
     sharded(mesh, ring.ring_step_backward, [q, lse, q, q, q, lse, *rest], [s(0)] * 6 + rest_places, [s(0)] * 3)
     sharded(mesh, ring.merge_partials, [q, lse, q * 2, lse + 1], [s(1)] * 4, [s(1)] * 2)
+    h0, x4, recurrent = torch.randn(2, 4, 8), torch.randn(2, 6, 4, 4, 8), torch.randn(4, 4, 8, 8)
+    sharded(mesh, lstm.lstm_op, [x4, recurrent, h0, h0], [s(2), s(0), s(1), s(1)], [s(2)] * 3)
+    ins = [s(0)] * 5 + [r]
+    sharded(mesh, lstm.lstm_backward, [x, x, x4.sigmoid(), x, h0, recurrent], ins, [s(0)] * 3)
     state, gates = torch.randn(2, 4, 8, 8), -x.abs()
     sharded(mesh, gla.gla_op, [x, x, x, gates, state, 1.0], [s(2)] * 4 + [s(1), None], [s(2), s(1)])
     ins = [s(2), s(1), s(2), s(2), s(2), s(2), s(1), None]
