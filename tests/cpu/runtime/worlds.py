@@ -30,7 +30,7 @@ def _rank(target: str, rank: int, size: int, port: int, payload: str, results: A
     torch.set_num_threads(1)
     module, _, name = target.rpartition(".")
     try:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
         value = getattr(importlib.import_module(module), name)(json.loads(payload))
         results.put((rank, "ok", value))
     except BaseException:
@@ -41,7 +41,7 @@ def _rank(target: str, rank: int, size: int, port: int, payload: str, results: A
         os._exit(0)
 
 
-def run_world(size: int, target: str, payload: Any, timeout_s: float = 240.0) -> list[Any]:
+def run_world(size: int, target: str, payload: Any, timeout_s: float = 900.0) -> list[Any]:
     """`target(payload)` on `size` ranks, results in rank order; AssertionError with a failing rank's traceback."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(
