@@ -9,7 +9,7 @@ calibration of reports/ fits them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.costmodel.graph import OpKind
 
@@ -64,11 +64,27 @@ class EngineSpec:
     fragmentation_frac: float = 0.03  # of activations: what the caching allocator cannot reuse
     host_launch_s: float = 5e-6  # CPU time to issue one op of the traced graph; the device may have to wait for it
     host_collective_s: float = 0.0  # the same for one tensor-parallel collective
+    host_collective_crossing_s: float = 0.0  # more of it, times tp, in a pipeline that crosses nodes
     blocking_launches: bool = False  # the host waits for every kernel (CUDA_LAUNCH_BLOCKING): nothing is hidden
     host_adam_params_per_s: float = 1.0e9  # CPU optimizer rate per GPU's share of the host
     note: str = ""
 
 
+_BLOOM = EngineSpec(
+    name="megatron-deepspeed-bf16",
+    host_launch_s=80e-6,
+    host_collective_s=20e-6,
+    blocking_launches=True,
+    accumulate_bytes=0.0,
+    grad_bytes=6.0,
+    logit_bytes=8.0,
+    attention="unfused",
+    fuses_elementwise=True,
+    zero_stages=(1,),
+    context_bytes=3.5e9,
+    note="Megatron-DeepSpeed of BLOOM: ZeRO-1, fp32 gradients beside the 16-bit ones (DeepSpeed BF16_Optimizer), "
+    "reduction and gathering buffers of 5e8 elements each (DeepSpeed's defaults), no dropout, blocking launches",
+)
 _ENGINES = (
     EngineSpec(
         name="planner",
@@ -184,17 +200,15 @@ _ENGINES = (
         reduce_bytes=2.0,
         note="Megatron-DeepSpeed: unfused attention, fp16 gradients reduced after the last backward",
     ),
-    EngineSpec(
-        name="megatron-deepspeed-bf16",
-        host_launch_s=80e-6,
-        host_collective_s=20e-6,
-        blocking_launches=True,
-        accumulate_bytes=0.0,
-        logit_bytes=8.0,
-        attention="unfused",
-        fuses_elementwise=True,
-        zero_stages=(1,),
-        note="Megatron-DeepSpeed of BLOOM: ZeRO-1, fp32 gradients, no dropout, blocking launches",
+    _BLOOM,
+    replace(
+        _BLOOM,
+        name="megatron-deepspeed-zero1",
+        grad_bytes=2.0,
+        reduce_bytes=2.0,
+        optimizer_bytes=16.0,
+        note="the same before it accumulated in fp32: 16-bit gradients, whose fp32 copy is sharded (DeepSpeed "
+        "ZeroOptimizer, stage_1_and_2)",
     ),
     EngineSpec(
         name="deepspeed-pipe",
@@ -212,6 +226,7 @@ _ENGINES = (
         name="nanotron",
         host_launch_s=20e-6,
         host_collective_s=220e-6,
+        host_collective_crossing_s=170e-6,
         zero_stages=(0, 1),
         sp_saves_gathered=True,
         accumulate_bytes=10.0,

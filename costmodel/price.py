@@ -5,7 +5,7 @@ Every function broadcasts over `Keys`, arrays of equal shape (K,). Times are for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 # A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
-HOST_NORM = 3.0
+HOST_NORM = 4.0
 # What a GEMM takes in a training step over the same GEMM alone in a benchmark: clocks under a power limit that other
 # kernels use up too, cold caches, transposed operands in backward (MODELLED; fitted by reports/calibrate_engines.py).
 # 8-bit GEMMs need no more: their benchmark includes a whole quantisation that training shares between GEMMs.
@@ -44,7 +44,7 @@ class Machine:
 class Keys:
     """The choices that a layer's own time and activations depend on, arrays of shape (K,).
 
-    `sp` and `vocab_parallel` are 0/1; cp = ulysses * ring.
+    `sp`, `vocab_parallel` and `piped` (pp > 1) are 0/1; cp = ulysses * ring.
     """
 
     tp: Array
@@ -54,6 +54,7 @@ class Keys:
     ep: Array
     micro_batch_size: Array
     vocab_parallel: Array
+    piped: Array = field(default_factory=lambda: np.zeros(1))
 
     @property
     def cp(self) -> Array:
@@ -153,7 +154,7 @@ def exposed(comm_s: Array, compute_s: Array, overlap: float) -> Array:
 def host_bound_s(busy_s: Array, host_s: Array, blocking: bool) -> Array:
     """Seconds that a device waits for a host that needs `host_s` to issue what takes it `busy_s`.
 
-    Short and long kernels alternate, so neither hides the other fully: the p-norm of both, less `busy_s`, p = 3
+    Short and long kernels alternate, so neither hides the other fully: the p-norm of both, less `busy_s`, p = 4
     (MODELLED; its test is the single-node rows of vTrain, between launch-bound and compute-bound). All of `host_s`
     when launches are `blocking`.
     """
@@ -175,9 +176,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     dense, routed, frozen = _params(facts, keys)
     accumulated = (dense + routed) * machine.engine.accumulate_bytes
     accumulate_w = compute.memory_bound_s(machine.cluster.device, accumulated, 0)
-    collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
-    calls_s = np.where(keys.tp > 1, collectives * machine.engine.host_collective_s, 0.0)
-    floor = facts.launches * machine.engine.host_launch_s + calls_s
+    floor = facts.launches * machine.engine.host_launch_s + _host_collectives(facts, keys, machine)
     blocking = machine.engine.blocking_launches
     launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor, blocking)
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
@@ -196,6 +195,15 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
         boundary_bytes=facts.layer.input_bytes * keys.tokens / (keys.tp if machine.engine.p2p_scatter else keys.outer),
         dense_params=dense, routed_params=routed, frozen_params=frozen,
     )  # fmt: skip
+
+
+def _host_collectives(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
+    """Seconds that the host needs to issue the tensor-parallel collectives of a forward pass."""
+    engine = machine.engine
+    crossing = (keys.piped > 0) & (machine.num_gpus > machine.cluster.node_size)
+    call_s = engine.host_collective_s + np.where(crossing, engine.host_collective_crossing_s * keys.tp, 0.0)
+    collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
+    return np.where(keys.tp > 1, collectives * call_s, 0.0)
 
 
 def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:

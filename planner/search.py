@@ -147,7 +147,8 @@ def search(
     cells = enumerate_cells(graph, machine.num_gpus, global_batch_size, limits)
     if not len(cells):
         return _empty(clock() - start_s)
-    key, keys = _unique_keys(cells)
+    names = _KEY_FIELDS + ("piped",) * (machine.engine.host_collective_crossing_s > 0)
+    key, keys = _unique_keys(cells, names)
     prices = price_model(model_facts(graph, machine.engine), keys, machine)
     bound = bounds.cell_bounds(graph, prices, key, cells, machine)
     context = _Context(
@@ -163,15 +164,15 @@ def search(
     return _result(context, state, reason)
 
 
-def _unique_keys(cells: Cells) -> tuple[IntArray, Keys]:
-    """(key of every cell, the distinct keys)."""
+def _unique_keys(cells: Cells, names: tuple[str, ...]) -> tuple[IntArray, Keys]:
+    """(key of every cell, the distinct keys): what the fields `names` say."""
     code = np.zeros(len(cells), np.int64)
-    for name in _KEY_FIELDS:
+    for name in names:
         values = getattr(cells, name)
         levels = np.unique(values) if len(cells) < 1000 else np.flatnonzero(np.bincount(values))
         code = code * len(levels) + np.searchsorted(levels, values)
     _, first, key = np.unique(code, return_index=True, return_inverse=True)
-    return key, Keys(**{name: getattr(cells, name)[first].astype(float) for name in _KEY_FIELDS})
+    return key, Keys(**{name: getattr(cells, name)[first].astype(float) for name in names})
 
 
 def _run(context: _Context, state: _State) -> str:

@@ -63,6 +63,11 @@ class Cells:
     def __len__(self) -> int:
         return len(self.tp)
 
+    @property
+    def piped(self) -> IntArray:
+        """1 where the model is cut into pipeline stages."""
+        return np.minimum(self.pp - 1, 1)
+
     def take(self, index: IntArray) -> Cells:
         """The cells at `index`."""
         return Cells(**{name: getattr(self, name)[index] for name in self.__slots__})

@@ -78,6 +78,12 @@ def _without_pipeline_nanotron(row: Row) -> bool:
     return plain and row.text("quality") == "A" and 16 <= row.whole("n_gpus") <= 256
 
 
+def _crossing_nanotron(row: Row) -> bool:
+    """Runs of pipelines over several nodes with tensor parallelism inside them, none called pathological."""
+    piped = row.source.startswith("Ultra-Scale") and row.whole("pp") > 1 and 8 < row.whole("n_gpus") <= 128
+    return piped and row.text("quality") == "A" and 2 <= row.whole("tp") <= 8
+
+
 def _in_step(row: Row) -> bool:
     """Megatron's own generations, configurations fully known, 16-bit: GEMMs are most of their step."""
     nemo = row.source.startswith("NVIDIA dgxc") and row.text("dtype") == "bf16" and row.text("gpu").startswith("H100")
@@ -116,6 +122,8 @@ FITS = (
         rows="Ultra-Scale, up to 64 GPUs, pp = 1 or one node", selects=_regular_nanotron, fold=_model),
     Fit(engine="nanotron", trait="host_collective_s", values=(140e-6, 180e-6, 220e-6, 260e-6, 300e-6),
         rows="Ultra-Scale, up to 64 GPUs, pp = 1 or one node", selects=_regular_nanotron, fold=_model),
+    Fit(engine="nanotron", trait="host_collective_crossing_s", values=(150e-6, 170e-6, 190e-6, 210e-6, 230e-6),
+        rows="Ultra-Scale, 16 to 128 GPUs, pp > 1, tp 2 to 8", selects=_crossing_nanotron, fold=_model),
     Fit(engine="nanotron", trait="overlap_grad_reduce", values=(0.0, 0.2, 0.5, 0.8),
         rows="Ultra-Scale, 16 to 256 GPUs, pp = 1, tp <= 8", selects=_without_pipeline_nanotron, fold=_model),
     Fit(engine="nemo", trait="overlap_tp", values=(0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),

@@ -41,6 +41,7 @@ _MEGATRON_2021 = Software(engine="megatron-2021", vocab_multiple=MEGATRON_VOCAB,
 _MEGATRON_CORE = Software(engine="megatron-core", vocab_multiple=MEGATRON_VOCAB)
 _NEMO = dataclasses.replace(_MEGATRON_CORE, engine="nemo")
 _SAIL = Software(engine="megatron-2023", vocab_multiple=MEGATRON_VOCAB, tied=False)
+_BLOOM = Software(engine="megatron-deepspeed-zero1", vocab_multiple=MEGATRON_VOCAB, tied=True, memory="process")
 _XLA = Software(engine="xla", fused_projections=False)
 
 # Source, and where a source compares systems "source|system", to the software that ran.
@@ -49,8 +50,8 @@ SOFTWARE: dict[str, Software] = {
     "Korthikanti 2022 (activation recomputation)": dataclasses.replace(_MEGATRON_2021, engine="megatron-2022"),
     "Megatron-LM 2020 (images/tables.tex)": _MEGATRON_2021,
     "vTrain": dataclasses.replace(_MEGATRON_2021, engine="megatron-deepspeed"),
-    "BigScience-A100 (BLOOM tuning)": Software(
-        engine="megatron-deepspeed-bf16", vocab_multiple=MEGATRON_VOCAB, tied=True, memory="process"),
+    "BigScience-A100 (BLOOM tuning)": _BLOOM,
+    "BigScience-A100 (BLOOM tuning)|fp32": dataclasses.replace(_BLOOM, engine="megatron-deepspeed-bf16"),
     "AMP": dataclasses.replace(_MEGATRON_2021, engine="deepspeed-pipe"),
     "Megatron-LM README (mcore r0.8, 2024)": _MEGATRON_CORE,
     "NeMo docs performance summary": _NEMO,
@@ -68,6 +69,7 @@ SOFTWARE: dict[str, Software] = {
     "Aceso": dataclasses.replace(_MEGATRON_2021, engine="megatron-2022"),
     "ZeRO++": Software(engine="deepspeed"),
 }  # fmt: skip
+_NOTED = {"xla": "JAX/XLA", "fp32": "fp32 gradient accumulation"}  # variant, and the words of the row that say so
 # Systems whose schedule or layout the cost model does not have.
 UNMODELLED = {
     "Vocab-1": "vocabulary parallelism over pipeline stages", "Vocab-2": "vocabulary parallelism over pipeline stages",
@@ -87,8 +89,9 @@ def software_of(row: Row) -> Software:
     for word, reason in UNMODELLED.items():
         if word in system:
             raise Skip(f"not in the cost model: {reason}")
-    compiled = "JAX/XLA" in row.text("notes")
-    for key in (f"{row.source}|{system.rpartition(': ')[2]}", f"{row.source}|xla" if compiled else "", row.source):
+    variants = [system.rpartition(": ")[2]]
+    variants += [name for name, words in _NOTED.items() if words in row.text("notes")]
+    for key in (*(f"{row.source}|{variant}" for variant in variants), row.source):
         if key in SOFTWARE:
             return SOFTWARE[key]
     raise Skip("no engine is known for this source")
