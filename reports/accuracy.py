@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from planner.reports import gate, metrics, tables
-from planner.reports.predict import Prediction, predict
+from planner.reports.predict import Prediction, predict, predict_cases
 from planner.reports.rows import read_rows
+from planner.reports.run_rows import read_runs, run_files
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "published.csv"
@@ -51,7 +52,12 @@ def default_runs() -> Path:
 
 
 def evaluate(path: Path, source: str = "") -> Result:
-    """Predict every row of `path` whose source contains `source`; ValueError for an unusable file or no row."""
+    """Predict every row of `path` whose source contains `source`; ValueError for an unusable file or no row.
+
+    `path`: a CSV, or a run.json of planner.runtime, or a folder with such.
+    """
+    if path.is_dir() or path.suffix == ".json":
+        return _evaluate_runs(path)
     rows = [row for row in read_rows(path) if source.lower() in row.source.lower()]
     if not rows:
         raise ValueError(f"{path}: no row" + (f" has a source with {source!r} in its name" if source else ""))
@@ -62,9 +68,19 @@ def evaluate(path: Path, source: str = "") -> Result:
                   elapsed_s=elapsed_s)  # fmt: skip
 
 
+def _evaluate_runs(path: Path) -> Result:
+    started = time.perf_counter()
+    cases, skipped = read_runs(run_files(path))
+    predictions, unpriced = predict_cases(cases)
+    elapsed_s = time.perf_counter() - started
+    return Result(path=path, predictions=predictions, score=metrics.full_score(predictions, skipped + unpriced),
+                  elapsed_s=elapsed_s)  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--runs", type=Path, metavar="FILE.csv", help="runs in the schema of reports/SCHEMA.md")
+    runs = "runs in the schema of reports/SCHEMA.md, or the run.json of a run, or a folder with such"
+    parser.add_argument("--runs", type=Path, metavar="FILE", help=runs)
     parser.add_argument("--source", default="", metavar="TEXT", help="only sources with this in their name")
     parser.add_argument("--per", choices=PER, default="source", help="what a line of the table stands for")
     parser.add_argument("--against", type=Path, metavar="BASELINE.json", help="fail (exit 5) where it got worse")

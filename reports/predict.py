@@ -58,6 +58,13 @@ def predict(rows: Iterable[Row]) -> tuple[list[Prediction], Counter[str]]:
             cases.append(build_case(row))
         except Skip as reason:
             skipped[str(reason)] += 1
+    predictions, unpriced = predict_cases(cases)
+    return predictions, skipped + unpriced
+
+
+def predict_cases(cases: list[Case]) -> tuple[list[Prediction], Counter[str]]:
+    """(predictions in the order of `cases`, those that cannot be priced by reason)."""
+    skipped: Counter[str] = Counter()
     predictions: dict[str, Prediction] = {}
     for group in _groups(cases).values():
         try:

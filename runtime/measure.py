@@ -1,4 +1,8 @@
-"""What a run writes down: metrics of every step as JSON lines, and one measured-step record at its end."""
+"""What a run writes down: metrics of every step as JSON lines, and one measured-step record at its end.
+
+The record (`run.json`, schema planner.run/1) holds the plan that ran, so that `planner accuracy --runs run.json`
+predicts it again with the plan's own model, cluster and engine and reads it like a published run.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,22 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import msgspec
 import torch
 import torch.distributed as dist
 
-from planner.plan import Plan
+from planner.files import write_atomic
+from planner.plan import Plan, plan_body
+from planner.runtime.memory import TensorBytes, peak_of
+from planner.runtime.parallel import Parallel, StepResult
 
+T = TypeVar("T")
 SCHEMA = "planner.run/1"
-_WARM_UP = 2  # steps that are not steady yet
+_WARM_UP = 2  # steps that are not steady yet; tensors are counted in the last of them
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -40,8 +48,25 @@ class Metrics:
     plan: Plan
     device: torch.device
     every: int = 1
+    options: dict[str, Any] = field(default_factory=dict)  # of the run, that the plan does not have
     step_s: list[float] = field(default_factory=list)
+    data_s: list[float] = field(default_factory=list)
+    peak: TensorBytes | None = None
     _last: float = field(default_factory=time.perf_counter)
+
+    def data(self, get: Callable[[], T]) -> T:
+        """Get the data of a step, on the clock."""
+        begin = time.perf_counter()
+        data = get()
+        self.data_s.append(time.perf_counter() - begin)
+        return data
+
+    def run(self, p: Parallel, step: Callable[[], StepResult]) -> StepResult:
+        """Take a step; in the last step of the warm-up, count the tensors of this rank."""
+        if len(self.step_s) != _WARM_UP - 1:
+            return step()
+        result, self.peak = peak_of(p, step)
+        return result
 
     def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> None:
         """Note one step that ended now."""
@@ -70,24 +95,24 @@ class Metrics:
 
     def finish(self) -> None:
         """Write the measured-step record: configuration, times, memory of every rank, software and hardware."""
+        mine = (peak_memory_bytes(self.device), self.peak.device_bytes if self.peak else None,
+                self.peak.host_bytes if self.peak else None)  # fmt: skip
         peaks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(peaks, peak_memory_bytes(self.device))
-        steady = self.step_s[_WARM_UP:] or self.step_s
-        if dist.get_rank() or not steady:
+        dist.all_gather_object(peaks, mine)
+        if dist.get_rank() or not self.step_s:
             return
-        inputs = self.plan.inputs
+        process, tensors, host = zip(*peaks, strict=True)
+        steady = self.step_s[_WARM_UP:]
+        cuda = self.device.type == "cuda"
         record = {
-            "schema": SCHEMA,
-            "decisions": msgspec.to_builtins(self.plan.decisions),
-            "model": inputs.graph.name, "graph_sha256": inputs.graph_sha256, "cluster": inputs.cluster.name,
-            "seq_len": inputs.seq_len, "step_time_s": statistics.median(steady), "all_step_s": self.step_s,
-            "warm_up_steps": _WARM_UP, "peak_memory_bytes": peaks,
-            "memory_kind": "allocated" if self.device.type == "cuda" else "process",
-            "predicted_step_s": self.plan.predicted.step_s,
-            "predicted_peak_memory_bytes": self.plan.predicted.peak_memory_bytes,
+            "schema": SCHEMA, "plan": plan_body(self.plan), "options": self.options,
+            "step_time_s": statistics.median(steady) if steady else None, "all_step_s": self.step_s,
+            "all_data_s": self.data_s, "warm_up_steps": _WARM_UP,
+            "peak_tensor_bytes": None if None in tensors else tensors,
+            "peak_host_tensor_bytes": None if None in host else host,
+            "peak_process_bytes": None if cuda else process,
             "torch": torch.__version__, "python": platform.python_version(), "num_cpus": os.cpu_count(),
-            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor(),
+            "device_type": self.device.type,
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor(),
         }  # fmt: skip
-        temporary = self.folder / "run.json.tmp"
-        temporary.write_text(json.dumps(record, indent=1, sort_keys=True))
-        os.replace(temporary, self.folder / "run.json")
+        write_atomic(self.folder / "run.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

@@ -106,7 +106,9 @@ class ShardedAdamW:
         for item in self.owned:
             assert item.param.grad is not None
             master, grad = self.masters[item.name], local(item.param.grad)
-            master.grad = (grad if scale == 1.0 else grad * scale).to(master.device, master.dtype)
+            if scale != 1.0:
+                grad.mul_(scale)  # in place: a copy would be the peak of the step
+            master.grad = grad.to(master.device, master.dtype)
         self.inner.step()
         self.publish()
         for item in self.owned:

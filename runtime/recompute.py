@@ -25,6 +25,7 @@ _KEPT = (
     "einsum",
 )
 _COLLECTIVES = ("_c10d_functional",)
+TO_HOST = "planner: to host"  # name of the profiler's range around copies, by which memory is told apart on a CPU
 _SMALL_BYTES = 1024  # below this a copy costs more than the memory is worth
 
 
@@ -84,7 +85,8 @@ def _floating(value: Any) -> bool:
 def _to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, pinned where there is a device. The copy runs on the current stream."""
     if x.device.type == "cpu":
-        return x.detach().clone()
+        with torch.profiler.record_function(TO_HOST):
+            return x.detach().clone()
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x.detach(), non_blocking=True)
 

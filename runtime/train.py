@@ -6,6 +6,7 @@ import argparse
 import datetime
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,13 +169,16 @@ def _loop(parallel: Parallel, plan: Plan, batches: Batches, checkpoints: Checkpo
 
     size = plan.inputs.global_batch_size
     first = _resume(parallel, checkpoints, args)
-    metrics = Metrics(args.out, plan, parallel.device, args.print_every)
+    options = {"seed": args.seed, "lr": args.lr, "warmup": args.warmup, "resumed_at_step": first}
+    metrics = Metrics(args.out, plan, parallel.device, args.print_every, options)
     digest = plan_body(plan)["sha256"]
     for step in range(first, args.steps):
         torch.manual_seed(hash((args.seed, step, parallel.mesh.position["dp"])) % 2**63)
-        tokens, labels = batches.rank_slice(step * size, parallel.mesh.position["dp"], parallel.spec.dp)
+        part, parts = parallel.mesh.position["dp"], parallel.spec.dp
+        tokens, labels = metrics.data(partial(batches.rank_slice, step * size, part, parts))
         lr = learning_rate(step, args.steps, args.lr, args.warmup)
-        result = parallel.step(tokens.to(parallel.device), labels.to(parallel.device), lr)
+        batch = tokens.to(parallel.device), labels.to(parallel.device)
+        result = metrics.run(parallel, partial(parallel.step, *batch, lr))
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise TrainingError(
                 f"loss is {result.loss}, gradient norm {result.grad_norm} at step {step + 1}: nothing was saved after "

@@ -74,7 +74,7 @@ def test_every_plan_learns_alike_and_resumes_any_other(plans: dict[str, str], tm
         assert losses(tmp_path / f"resumed {name}") == pytest.approx(reference[3:], rel=1e-5), name
     assert losses(tmp_path / "resumed again") == losses(tmp_path / "tp2 pp2")[3:]  # same plan: to the last bit
     record = json.loads((tmp_path / "zero3/run.json").read_text())
-    assert record["decisions"]["zero_stage"] == 3 and len(record["peak_memory_bytes"]) == 4
+    assert record["plan"]["decisions"]["zero_stage"] == 3 and len(record["peak_tensor_bytes"]) == 4
     assert [p.name for p in sorted((tmp_path / "zero3/checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
 
 
