@@ -3,8 +3,7 @@
 A checkpoint is a folder `step-N` with DCP's files and `planner.json`. It is written as `step-N.tmp` by every
 rank, and rank 0 renames it when all have finished: what has the final name is whole. Saving copies the shards
 and writes them in a thread, over a process group of its own (Maurya et al. 2024, DataStates-LLM, arXiv
-2406.10707: copy at once, flush behind the next steps). DCP's metadata file is a pickle: load only checkpoints
-that you trust.
+2406.10707: copy at once, flush behind the next steps). Loading a checkpoint runs no code of it (checkpoint_reader.py).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from planner.runtime.checkpoint_reader import Reader, check_whole
 from planner.runtime.errors import CheckpointError
 from planner.runtime.layout import Box, boxes
 from planner.runtime.optimizer import Owned
@@ -156,10 +156,14 @@ class Checkpoints:
         facts = inspect(path)
         _refuse_other_model(p, facts, path)
         entries = _entries(p, copy=False)
+        kinds = ("model", *_MOMENTS)
+        shapes = {f"{kind}.{name}": shape for name, shape in p.full_shapes.items() for kind in kinds}
         try:
+            reader = Reader(path)
+            check_whole(reader.read_metadata(), shapes)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                dcp.load(entries, storage_reader=dcp.FileSystemReader(path), process_group=self._group)
+                dcp.load(entries, storage_reader=reader, process_group=self._group)
         except BaseException as error:
             raise CheckpointError(f"{path}: cannot be read: {_cause(error)}: take an older checkpoint") from None
         assert p.optimizer is not None
@@ -172,7 +176,8 @@ class Checkpoints:
 def _cause(error: BaseException) -> str:
     inner = getattr(error, "failures", None)
     first = next(iter(inner.values()))[0] if inner else error
-    return " ".join(f"{type(first).__name__}: {first}".split())[:300]
+    said = str(first) if isinstance(first, CheckpointError) else f"{type(first).__name__}: {first}"
+    return " ".join(said.split())[:300]
 
 
 def _commit(half: Path, final: Path, facts: dict[str, Any]) -> None:

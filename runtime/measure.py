@@ -79,9 +79,10 @@ class Metrics:
         rate = d.peak_flops_per_s.get(self.plan.inputs.graph.dtype)
         peak = rate.value * self.plan.decisions.num_gpus if rate else 0.0
         mfu = self.plan.predicted.model_flops / took / peak if peak else None
+        memory_bytes = peak_memory_bytes(self.device)
         row = {
             "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens, "step_s": took,
-            "tokens_per_s": tokens / took, "mfu_frac": mfu, "memory_bytes": peak_memory_bytes(self.device),
+            "tokens_per_s": tokens / took, "mfu_frac": mfu, "memory_bytes": memory_bytes,
         }  # fmt: skip
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -89,7 +90,7 @@ class Metrics:
             shown = f"  MFU {mfu:.1%}" if mfu is not None and self.device.type == "cuda" else ""
             print(
                 f"step {step}  loss {loss:.4f}  |g| {grad_norm:.3f}  lr {lr:.2e}  {tokens / took:,.0f} tokens/s"
-                f"{shown}  {row['memory_bytes'] / 2**30:.2f} GiB",
+                f"{shown}  {memory_bytes / 2**30:.2f} GiB",
                 flush=True,
             )
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +82,21 @@ def test_every_plan_learns_alike_and_resumes_any_other(plans: dict[str, str], tm
     assert [p.name for p in sorted((tmp_path / "zero3/checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
 
 
+class Evil:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+def pickle_size(*sizes: int) -> bytes:
+    """The middle of a pickle of torch.Size(sizes): its elements as a tuple on the stack."""
+    return b"".join(pickle.BININT1 + bytes([size]) for size in sizes) + pickle.TUPLE2
+
+
 def test_bad_input_is_one_line(plans: dict[str, str], tmp_path: Path) -> None:
     """Wrong world, wrong model, damaged checkpoints, bad data."""
     good = tmp_path / "good"
@@ -86,17 +105,34 @@ def test_bad_input_is_one_line(plans: dict[str, str], tmp_path: Path) -> None:
     huge = tmp_path / "huge.npy"
     np.save(huge, np.full(4000, 5000, dtype=np.int32))
     assert run_world(1, "train_rank.run", [arguments(plans["one"], good, 2)]) == [[""]]
-    broken = tmp_path / "broken"
-    subprocess.run(["cp", "-r", str(good), str(broken)], check=True)
-    shard = next((broken / "checkpoints/step-00000002").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 3])
+
+    def damaged(name: str, file: str, change: Callable[[bytes], bytes]) -> Path:
+        shutil.copytree(good, tmp_path / name)
+        path = tmp_path / name / "checkpoints/step-00000002" / file
+        path.write_bytes(change(path.read_bytes()))
+        return tmp_path / name
+
+    broken = damaged("broken", "__0_0.distcp", lambda data: data[: len(data) // 3])
     foreign = tmp_path / "foreign/checkpoints/step-00000002"
     foreign.mkdir(parents=True)
     (foreign / "planner.json").write_text("{}")
+    ran = tmp_path / "ran"
+    evil = damaged("evil", ".metadata", lambda _: pickle.dumps(Evil(str(ran))))
+    other = damaged(
+        "other", ".metadata", lambda data: data.replace(pickle_size(96, 32), pickle_size(95, 32))
+    )  # fmt: skip
+    garbage = damaged("garbage", ".metadata", lambda _: b"no pickle")
+    stray = damaged("stray", "planner.json", lambda data: data)
+    (stray / "checkpoints/step-notes.txt").write_text("a file of somebody")
+    (stray / "checkpoints/step-00000009").mkdir()
     runs = [
         arguments(plans["zero3"], tmp_path / "a", 3),
         arguments(plans["one"], broken, 3),
         arguments(plans["one"], tmp_path / "foreign", 3),
+        arguments(plans["one"], evil, 3),
+        arguments(plans["one"], other, 3),
+        arguments(plans["one"], garbage, 3),
+        arguments(plans["one"], stray, 3),
         arguments(plans["one"], tmp_path / "b", 3, "--data", str(tokens)),
         arguments(plans["one"], tmp_path / "c", 3, "--data", str(huge)),
         arguments(plans["one"], tmp_path / "d", 3, "--lr", "1e30", "--max-grad-norm", "0"),
@@ -107,35 +143,47 @@ def test_bad_input_is_one_line(plans: dict[str, str], tmp_path: Path) -> None:
         ("2", "the plan is for 4 ranks (dp_shard 4), torchrun started 1"),
         ("2", "cannot be read"),
         ("2", "not a planner.checkpoint/1"),
+        ("2", "which no checkpoint needs: it was refused, not run"),
+        ("2", "is (95, 32) in it and (96, 32) in the model"),
+        ("2", "cannot be read"),
+        ("", ""),
         ("1", "less than one sequence"),
         ("1", "holds token 5000, the vocabulary has 96"),
         ("1", "nothing was saved after"),
         ("4", "search again"),
     ]
+    assert not ran.exists()
     assert len(found) == len(wanted)
     for message, (code, text) in zip(found, wanted, strict=True):
         assert message.startswith(code) and text in message and "\n" not in message, message
 
 
-def test_a_killed_rank_restarts_from_the_last_commit(plans: dict[str, str], tmp_path: Path) -> None:
-    """SIGKILL in the middle of a step under torchrun: the restarted run ends with the curve of an unbroken one."""
-    bomb = tmp_path / "bomb"
-    bomb.write_text("37")  # samples that rank 1 reads before it dies: in its fifth step
+def test_killed_ranks_restart_from_the_last_commit(plans: dict[str, str], tmp_path: Path) -> None:
+    """SIGKILL in a step, in the write of a shard and before the commit: the curve of an unbroken run, to the bit."""
+    bombs = tmp_path / "bombs"
+    bombs.mkdir()
+    for name, count in (("1 step", 37), ("2 write", 2), ("3 commit", 1)):  # 37: samples read in the fifth step
+        (bombs / name).write_text(str(count))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3",
         "--master-port", str(free_port()), "-m", "planner.runtime", "train",
     ]  # fmt: skip
     plan = tmp_path / "two.json"
     two = spec(pp=2, schedule=ScheduleKind.ZB_H1)
     plan.write_bytes(encode_plan(plan_of("", two, trace_model(str(MODEL), seq_len=16))))
-    env = {**os.environ, "TEST_BOMB": str(bomb), "OMP_NUM_THREADS": "1"}
-    args = arguments(str(plan), tmp_path / "killed", 6, "--save-every", "2")
-    done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "TEST_BOMBS": str(bombs), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "killed"
+    args = arguments(str(plan), out, 8, "--save-every", "2")
+    done = subprocess.run([*command, *args], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert not bomb.exists()
-    assert "resumed from" in done.stdout
-    unbroken = arguments(str(plan), tmp_path / "unbroken", 6)
+    assert not list(bombs.iterdir())
+    resumed = [line.split() for line in done.stdout.splitlines() if line.startswith("resumed from")]
+    starts = [int(words[-1]) for words in resumed]
+    assert len(starts) == 3 and starts[0] in (2, 4) and starts == sorted(starts), starts
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == [f"step-{n:08d}" for n in (4, 6, 8)]
+    unbroken = arguments(str(plan), tmp_path / "unbroken", 8)
     assert run_world(2, "train_rank.run", [unbroken]) == [[""], [""]]
-    seen = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
-    last = {row["step"]: row["loss"] for row in seen}  # the line of a repeated step that came last
-    assert [last[step] for step in range(1, 7)] == losses(tmp_path / "unbroken")
+    seen = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    reference = losses(tmp_path / "unbroken")
+    assert all(row["loss"] == reference[row["step"] - 1] for row in seen)  # repeated steps too
+    assert {row["step"] for row in seen} == set(range(1, 9))

@@ -1,4 +1,4 @@
-"""A model file as a user writes one: builder, dtype, data. A marker file makes one rank die once."""
+"""A model file as a user writes one: builder, dtype, data. Bombs, files in $TEST_BOMBS, make a rank die once each."""
 
 import importlib.util
 import os
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 DTYPE = torch.float32
 SEQ_LEN = 16
+BOMBS = os.environ.get("TEST_BOMBS")
+RANK = os.environ.get("RANK")
 
 
 def build_model():
@@ -21,6 +24,18 @@ def build_model():
     return module.Llama(layers=4, hidden=32, heads=4, ffn=48, kv_heads=2)
 
 
+def _strikes(name):
+    """Count the bomb down; True when it goes off now. Bombs go off in the order of their names."""
+    path = Path(BOMBS or "/none") / name
+    if not path.exists() or sorted(p.name for p in path.parent.iterdir())[0] != name:
+        return False
+    left = int(path.read_text()) - 1
+    path.write_text(str(left))
+    if left == 0:
+        path.unlink()
+    return left == 0
+
+
 class Counting:
     """Sequences that count upwards, so that there is something to learn."""
 
@@ -28,15 +43,34 @@ class Counting:
         return 4096
 
     def __getitem__(self, index):
-        bomb = os.environ.get("TEST_BOMB")
-        if bomb and os.environ.get("RANK") == "1" and Path(bomb).exists():
-            left = int(Path(bomb).read_text()) - 1
-            Path(bomb).write_text(str(left))
-            if left == 0:
-                Path(bomb).unlink()
-                os.kill(os.getpid(), signal.SIGKILL)
+        if RANK == "1" and _strikes("1 step"):
+            os.kill(os.getpid(), signal.SIGKILL)
         return (np.arange(SEQ_LEN + 1) * (1 + index % 3) + index) % 96
 
 
 def train_dataset():
     return Counting()
+
+
+def _plant():
+    """Make saves die: one rank with half of its shard on disk, and rank 0 with all written but not committed."""
+    write, replace = FileSystemWriter.write_data, os.replace
+
+    def write_data(self, plan, planner):
+        done = write(self, plan, planner)
+        if RANK == "1" and _strikes("2 write"):
+            (shard,) = Path(self.path).glob("__1_*.distcp")
+            os.truncate(shard, shard.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    def commit(source, target):
+        if RANK == "0" and str(source).endswith(".tmp") and _strikes("3 commit"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    FileSystemWriter.write_data, os.replace = write_data, commit
+
+
+if BOMBS:
+    _plant()
