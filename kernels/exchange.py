@@ -16,20 +16,25 @@ from torch.distributed.tensor import Replicate, Shard
 from planner.kernels.op import Sharding, Work, define, nbytes, precise, streamed
 
 
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy, also of what is contiguous (a batch of one): an op's output must not be its input's memory."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _pack_heads(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    return x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4).contiguous()
+    return _copied(x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4))
 
 
 def _unpack_heads(x: torch.Tensor) -> torch.Tensor:
-    return x.permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
+    return _copied(x.permute(1, 2, 0, 3, 4)).flatten(2, 3)
 
 
 def _pack_sequence(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    return x.unflatten(1, (ranks, -1)).transpose(0, 1).contiguous()
+    return _copied(x.unflatten(1, (ranks, -1)).transpose(0, 1))
 
 
 def _unpack_sequence(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(0, 1).flatten(1, 2).contiguous()
+    return _copied(x.transpose(0, 1)).flatten(1, 2)
 
 
 def _copy_work(x: torch.Tensor, *ranks: int, out: torch.Tensor) -> Work:

@@ -1,8 +1,9 @@
 """Attention over context-parallel ranks: Ulysses all-to-all of heads, ring of keys and values, or both.
 
-Ulysses (Jacobs et al. 2023, arXiv 2309.14509, section 3): heads for sequence and back. Ring (Liu et al. 2023,
-arXiv 2310.01889) in zigzag order: rank r holds chunks r and 2R-1-r, so that causal work is equal; partial
-results merge by their log-sum-exp, and backward passes dK and dV around with K and V.
+Ulysses (Jacobs et al. 2023, arXiv 2309.14509, section 3): heads for sequence and back, packed by kernels/exchange.py.
+Ring (Liu et al. 2023, arXiv 2310.01889): keys and values go around, kernels/ring.py adds one block a turn to the
+running softmax; position and document vectors say who sees whom, so that zigzag sequences and packed documents run
+alike (packing.py). Backward passes dK and dV around with K and V.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from planner.kernels import exchange
+from planner.kernels import ring as ring_kernels
 from planner.runtime import collectives as c
+from planner.runtime.packing import Ring, whole_sequence
 from planner.runtime.sharded import Context, Unshardable
 
 
@@ -22,106 +26,165 @@ def attend(
     ctx: Context, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    """Attention of local (batch, heads, local sequence, dim) tensors over all context ranks' positions."""
+    """Attention of local (batch, heads, local sequence, dim) tensors over all positions of the context ranks.
+
+    With packed documents a query sees the keys of its own document only.
+    """
     del enable_gqa
+    packed, (ulysses, ring) = ctx.packed, ctx.groups
     if dropout_p:
-        raise Unshardable("attention dropout under context parallelism", ())
-    if attn_mask is not None and ctx.spec.ring > 1:
-        raise Unshardable("a mask tensor under ring attention (causal or none)", ())
-    ulysses = ctx.spec.ulysses
-    if ulysses > 1:
-        if k.shape[1] % ulysses:
-            repeats = ulysses // k.shape[1]
+        raise Unshardable("attention dropout under context parallelism or packing", ())
+    if attn_mask is not None and (ring is not None or packed is not None):
+        raise Unshardable("a mask tensor under ring attention or packed documents (causal or none)", ())
+    if ulysses is not None:
+        if k.shape[1] % ulysses.size():
+            repeats = ulysses.size() // k.shape[1]
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        q, k, v = (_heads_to_sequence(t, ctx.ulysses) for t in (q, k, v))
-    if ctx.spec.ring > 1:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out = _Ring.apply(q, k, v, scale, is_causal, ctx.ring)
+        q, k, v = (_heads_to_sequence(t, ulysses) for t in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if packed is not None and ring is None and q.device.type != "cuda":
+        out = _each_document(q, k, v, packed.cuts, is_causal, scale)
+    elif packed is not None or ring is not None:
+        turns = packed.turns(is_causal) if packed is not None else _turns(ctx, q, is_causal)
+        out = _Ring.apply(q, k, v, turns, scale, is_causal, ring)
     else:
-        gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=gqa)
-    return _sequence_to_heads(out, ctx.ulysses) if ulysses > 1 else out
+        out = _sdpa(q, k, v, attn_mask, is_causal, scale)
+    return _sequence_to_heads(out, ulysses) if ulysses is not None else out
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
+) -> torch.Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=gqa)
+
+
+def _each_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: list[int], causal: bool, scale: float
+) -> torch.Tensor:
+    """Attention of documents that lie one after the other, `cuts` tokens each: work grows with the sum of squares."""
+    parts = zip(*(t.split(cuts, 2) for t in (q, k, v)), strict=True)
+    return torch.cat([_sdpa(*part, None, causal, scale) for part in parts], 2)
+
+
+def _turns(ctx: Context, q: torch.Tensor, causal: bool) -> Ring:
+    return whole_sequence(q.shape[2] * ctx.spec.ring, ctx.ring_rank, ctx.spec.ring, causal, q.device)
 
 
 def _heads_to_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(b, h, s, d) -> (b, h/n, n s, d): rank i gets head block i of every rank's sequence."""
-    n, (b, h, s, d) = group.size(), x.shape
-    sent = x.reshape(b, n, h // n, s, d).permute(1, 0, 2, 3, 4)
-    got = c.all_to_all(sent, group)  # (n, b, h/n, s, d), one sequence part from each rank
-    return got.permute(1, 2, 0, 3, 4).reshape(b, h // n, n * s, d)
+    got = c.all_to_all(exchange.pack_heads(x.transpose(1, 2), group.size()), group)
+    return exchange.unpack_sequence(got).transpose(1, 2)
 
 
 def _sequence_to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The inverse of `_heads_to_sequence`."""
-    n, (b, h, s, d) = group.size(), x.shape
-    sent = x.reshape(b, h, n, s // n, d).permute(2, 0, 1, 3, 4)
-    got = c.all_to_all(sent, group)  # (n, b, h, s/n, d), one head block from each rank
-    return got.permute(1, 0, 2, 3, 4).reshape(b, n * h, s // n, d)
+    got = c.all_to_all(exchange.pack_sequence(x.transpose(1, 2), group.size()), group)
+    return exchange.unpack_heads(got).transpose(1, 2)
 
 
 @torch.library.custom_op("planner::ring_attention", mutates_args=())
 def _ring_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, group_name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor,
+    blocks: list[int], scale: float, causal: bool, group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(output, log-sum-exp). One op, so that selective recomputation can keep it like any attention."""
-    group = _resolve_process_group(group_name)
-    out = lse = None
+    rank, size = _place(group_name)
+    out, lse = ring_kernels.start(q, v.shape[-1])
     dims = [k.shape[-1], v.shape[-1]]
     kv = torch.cat([k, v], -1)
-    for step in range(group.size()):
-        work, following = _pass_on(kv, group) if step + 1 < group.size() else (None, None)
-        half_q, half_k, own = _halves(group.rank(), step, group.size(), causal)
-        block = _forward_block(_part(q, half_q), *_part(kv, half_k).split(dims, -1), scale, own)
-        out, lse = _merge(out, lse, *block, half_q, q)
-        if work is not None:
-            _wait(work)
-            kv = following
+    for turn in range(size):
+        work, following = _pass_on(kv, group_name) if turn + 1 < size else ([], kv)
+        source = (rank - turn) % size
+        for mine, theirs, pairs in _calls(blocks, turn):
+            block_k, block_v = kv[:, :, theirs].split(dims, -1)
+            vectors = _vectors(positions, documents, rank, source, mine, theirs)
+            out[:, :, mine], lse[:, :, mine] = ring_kernels.ring_step(
+                q[:, :, mine], block_k, block_v, out[:, :, mine], lse[:, :, mine], *vectors, scale, causal, pairs
+            )
+        _wait(work)
+        kv = following
     return out.to(q.dtype), lse
 
 
 @_ring_attention.register_fake
-def _(q: Any, k: Any, v: Any, scale: float, causal: bool, group_name: str) -> Any:
-    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1])
+def _(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, scale: float, causal: bool, group: Any) -> Any:
-        out, lse = torch.ops.planner.ring_attention(q, k, v, scale, causal, group.group_name)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, turns: Ring, scale: float, causal: bool, group: Any) -> Any:
+        static = (turns.positions, turns.documents, turns.blocks, scale, causal, group.group_name if group else "")
+        out, lse = torch.ops.planner.ring_attention(q, k, v, *static)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale, ctx.causal, ctx.group = scale, causal, group
+        ctx.static = static
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        group, size = ctx.group, ctx.group.size()
-        dims = [k.shape[-1], v.shape[-1]]
-        kv, dq = torch.cat([k, v], -1), torch.zeros_like(q)
-        delta = (grad * out).sum(dim=-1)
-        home = dkv = torch.zeros_like(kv)  # of this rank's own K and V; the others' travel on, R-1 hops to their home
-        for step in range(size):
-            work, following = _pass_on(kv, group) if step + 1 < size else (None, None)
-            half_q, half_k, own = _halves(group.rank(), step, size, ctx.causal)
-            parts = [_part(t, half_q) for t in (q, grad)] + [_part_row(t, half_q) for t in (lse, delta)]
-            block_q, *block_kv = _backward_block(*parts, *_part(kv, half_k).split(dims, -1), ctx.scale, own)
-            _part(dq, half_q).add_(block_q)
-            _part(dkv, half_k).add_(torch.cat(block_kv, -1))
-            if step:
-                grads, dkv = _pass_on(dkv, group)
-                _wait(grads)
-            else:
-                dkv = torch.zeros_like(kv)
-            if work is not None:
-                _wait(work)
-                kv = following
-        dkv = dkv + home
-        dk, dv = dkv.split(dims, -1)
-        return dq, dk, dv, None, None, None
+        return *_backward(grad, *ctx.saved_tensors, *ctx.static), None, None, None, None
 
 
-def _pass_on(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[dist.Work], torch.Tensor]:
+def _backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    positions: torch.Tensor, documents: torch.Tensor, blocks: list[int], scale: float, causal: bool, group_name: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of q, k and v: K and V go around again, and dK and dV with them, R - 1 hops to their home."""
+    rank, size = _place(group_name)
+    dims = [k.shape[-1], v.shape[-1]]
+    delta = (grad.to(lse.dtype) * out).sum(dim=-1)
+    kv = torch.cat([k, v], -1)
+    dq = torch.zeros_like(q, dtype=lse.dtype)
+    home = dkv = torch.zeros_like(kv, dtype=lse.dtype)  # of this rank's own K and V
+    for turn in range(size):
+        work, following = _pass_on(kv, group_name) if turn + 1 < size else ([], kv)
+        source = (rank - turn) % size
+        for mine, theirs, pairs in _calls(blocks, turn):
+            block_k, block_v = kv[:, :, theirs].split(dims, -1)
+            vectors = _vectors(positions, documents, rank, source, mine, theirs)
+            block_dq, *block_dkv = ring_kernels.ring_step_backward(
+                grad[:, :, mine], delta[:, :, mine], q[:, :, mine], block_k, block_v, lse[:, :, mine], *vectors,
+                scale, causal, pairs,
+            )  # fmt: skip
+            dq[:, :, mine] += block_dq
+            dkv[:, :, theirs] += torch.cat(block_dkv, -1)
+        if turn:
+            sent, dkv = _pass_on(dkv.to(kv.dtype), group_name)  # on the wire as K and V, summed more precisely
+            _wait(sent)
+            dkv = dkv.to(lse.dtype)
+        elif size > 1:
+            dkv = torch.zeros_like(dkv)
+        _wait(work)
+        kv = following
+    dk, dv = (dkv + home if size > 1 else home).split(dims, -1)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _place(group_name: str) -> tuple[int, int]:
+    """(rank, ranks) of the ring; without a group this rank is alone."""
+    if not group_name:
+        return 0, 1
+    group = _resolve_process_group(group_name)
+    return group.rank(), group.size()
+
+
+def _calls(blocks: list[int], turn: int) -> list[tuple[slice, slice, int]]:
+    """(queries, keys, visible pairs) of each kernel call of a turn."""
+    rows = [blocks[i : i + 6] for i in range(0, len(blocks), 6)]
+    return [(slice(q0, q1), slice(k0, k1), pairs) for t, q0, q1, k0, k1, pairs in rows if t == turn]
+
+
+def _vectors(
+    positions: torch.Tensor, documents: torch.Tensor, rank: int, source: int, mine: slice, theirs: slice
+) -> list[torch.Tensor]:
+    return [row for x in (positions, documents) for row in (x[rank, mine], x[source, theirs])]
+
+
+def _pass_on(x: torch.Tensor, group_name: str) -> tuple[list[dist.Work], torch.Tensor]:
     """Send to the next rank of the ring, receive from the previous one."""
+    group = _resolve_process_group(group_name)
     rank, size = group.rank(), group.size()
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
     send = dist.P2POp(dist.isend, x.contiguous(), group=group, group_peer=(rank + 1) % size)
@@ -132,69 +195,3 @@ def _pass_on(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[list[dist.Work]
 def _wait(work: list[dist.Work]) -> None:
     for item in work:
         item.wait()
-
-
-def _halves(rank: int, step: int, size: int, causal: bool) -> tuple[str, str, bool]:
-    """(part of q, part of k and v, causal mask) of the block with K and V of rank (rank - step) % size."""
-    source = (rank - step) % size
-    if not causal or source == rank:
-        return "all", "all", causal
-    return ("all", "first", False) if source < rank else ("second", "all", False)
-
-
-def _part(x: torch.Tensor, half: str) -> torch.Tensor:
-    """(b, h, s, d): all of s, its first or its second half."""
-    size = x.shape[2] // 2
-    return x if half == "all" else x[:, :, :size] if half == "first" else x[:, :, size:]
-
-
-def _part_row(x: torch.Tensor, half: str) -> torch.Tensor:
-    return _part(x.unsqueeze(-1), half).squeeze(-1)
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
-    scores = (q @ k.transpose(-2, -1)) * scale
-    if causal:
-        scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
-    return scores
-
-
-def _wide(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _forward_block(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, log-sum-exp) of one block, by materialised scores."""
-    scores = _scores(q, _wide(k, q.shape[1]), scale, causal)
-    lse = scores.logsumexp(dim=-1)
-    return (scores - lse.unsqueeze(-1)).exp() @ _wide(v, q.shape[1]), lse
-
-
-def _merge(out: Any, lse: Any, block: torch.Tensor, block_lse: torch.Tensor, half: str, q: torch.Tensor) -> Any:
-    """Add a block to the running result (Liu et al. 2023, section 3; Dao et al. 2022, equation 3)."""
-    if out is None:
-        return block, block_lse
-    old, old_lse = _part(out, half), _part_row(lse, half)
-    new_lse = torch.logaddexp(old_lse, block_lse)
-    new = old * (old_lse - new_lse).exp().unsqueeze(-1) + block * (block_lse - new_lse).exp().unsqueeze(-1)
-    if half == "all":
-        return new, new_lse
-    size = q.shape[2] // 2
-    return torch.cat([out[:, :, :size], new], 2), torch.cat([lse[:, :, :size], new_lse], 2)
-
-
-def _backward_block(
-    q: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
-    k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dq, dk, dv) of one block from the whole row's log-sum-exp (Dao et al. 2022, section B.4)."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    wide_k, wide_v = _wide(k, heads), _wide(v, heads)
-    p = (_scores(q, wide_k, scale, causal) - lse.unsqueeze(-1)).exp()
-    ds = p * (grad @ wide_v.transpose(-2, -1) - delta.unsqueeze(-1)) * scale
-    dk, dv = ds.transpose(-2, -1) @ q, p.transpose(-2, -1) @ grad
-    if heads != kv_heads:
-        dk, dv = (t.unflatten(1, (kv_heads, -1)).sum(dim=2) for t in (dk, dv))
-    return ds @ wide_k, dk, dv

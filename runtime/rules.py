@@ -258,6 +258,8 @@ def _total(ctx: Context, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if name not in ("sum", "mean") or len(args) > 1:
         raise Unshardable(f"{name} over all dims", x.splits)
     total = func(x.local, **kwargs)
+    if name == "mean" and ctx.packed is not None:
+        raise RuntimePlanError("a mean over all positions mixes packed documents: the loss must be a sum over tokens")
     if name == "mean":
         total = total * (x.local.numel() / x.numel())
     return c.reduce_from(total, ctx.tp) if on_tp(x.splits) else total

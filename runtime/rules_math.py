@@ -13,8 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from planner.kernels import dispatch, loss
+from planner.kernels.op import precise
 from planner.runtime import attention
 from planner.runtime import collectives as c
+from planner.runtime.errors import RuntimePlanError
 from planner.runtime.rules import cut_of, local_operand, merged, rule, shared
 from planner.runtime.sharded import (
     SEQ,
@@ -212,7 +215,7 @@ def embedding(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     if any(s.axis == SEQTP for s in splits):
         assert tokens.wide is not None, "tokens are given to the model in both layouts"
         local = tokens.wide
-        splits = tuple(replace(s, axis=SEQ, units=ctx.units(SEQ)) for s in splits) if ctx.spec.cp > 1 else ()
+        splits = tuple(replace(s, axis=SEQ, units=ctx.units(SEQ)) for s in splits) if ctx.cuts_sequence else ()
     if ctx.skip_embedding:
         return weight.new_zeros((), requires_grad=False).expand(*tokens.shape, weight.shape[1])
     first = ctx.tp_rank * weight.shape[0]
@@ -264,37 +267,11 @@ def _mask(mask: torch.Tensor, ctx: Context, want: Split | None, width: int) -> t
     return local_operand(mask, ctx, mask.dim(), (replace(want, dim=mask.dim() - 3),))
 
 
-class _VocabLoss(torch.autograd.Function):
-    """Cross-entropy per row over a vocabulary that lies over the TP ranks; no rank holds whole logits.
-
-    Three all-reduces of one number a row: maximum, sum of exponentials, logit of the label (Shoeybi et al. 2019,
-    section 3).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Any, labels: Any, first: int, group: Any) -> Any:
-        top = _max(logits.max(dim=-1).values, group)
-        shifted = logits - top.unsqueeze(-1)
-        own = (labels >= first) & (labels < first + logits.shape[-1])
-        index = (labels - first).where(own, 0).unsqueeze(-1)
-        target = shifted.gather(-1, index).squeeze(-1) * own
-        exponentials = shifted.exp()
-        pair = c.all_reduce(torch.stack([exponentials.sum(dim=-1), target]), group)
-        ctx.save_for_backward(exponentials.div_(pair[0].unsqueeze(-1)), index, own)
-        return pair[0].log() - pair[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> Any:
-        probabilities, index, own = ctx.saved_tensors
-        out = probabilities * grad.unsqueeze(-1)
-        out.scatter_add_(-1, index, -(grad * own).unsqueeze(-1))
-        return out, None, None, None
-
-
-def _max(x: torch.Tensor, group: Any) -> torch.Tensor:
-    import torch.distributed._functional_collectives as fc
-
-    return x if x.is_meta else fc.wait_tensor(fc.all_reduce(x, "max", group))
+def summed_loss(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Sum over rows of the cross-entropy of whole rows of logits, in float32 at least, by the op that is chosen."""
+    if dispatch.choice("ce_stats", logits.device.type) == "torch":
+        return F.cross_entropy(precise(logits), target, ignore_index=ignore_index, reduction="sum")
+    return loss.cross_entropy(logits, target, ignore_index=ignore_index).sum()
 
 
 @rule("cross_entropy")
@@ -314,14 +291,17 @@ def cross_entropy(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         target = local_operand(labels, ctx, 1, rows)
     if vocab is not None:
         first = ctx.tp_rank * logits.local.shape[1]
-        each = _VocabLoss.apply(logits.local, target.clamp_min(0), first, ctx.tp)
-        total = (each * (target != ignore)).sum()
+        total = loss.cross_entropy(
+            logits.local, target, vocab_start=first, group=ctx.tp, ignore_index=ignore  # no rank holds whole logits
+        ).sum()
     else:
-        total = F.cross_entropy(_local(logits), target, ignore_index=ignore, reduction="sum")
+        total = summed_loss(_local(logits), target, ignore)
     if any(s.axis == SEQTP for s in rows):
         total = c.reduce_from(total, ctx.tp)
     if reduction == "sum":
         return total
+    if ctx.packed is not None:
+        raise RuntimePlanError("packed documents need a loss that is the sum over tokens, this cross-entropy is a mean")
     count = (target != ignore).sum()
     if rows:
         for group in (ctx.tp if any(s.axis == SEQTP for s in rows) else None, ctx.ulysses, ctx.ring):

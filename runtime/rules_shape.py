@@ -36,7 +36,7 @@ def reshape(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     local = x.local.reshape(_local_shape(shape, splits, ctx))
     if x.wide is None:
         return wrap(local, splits, ctx)
-    wide = tuple(replace(s, axis=SEQ, units=ctx.units(SEQ)) for s in splits if ctx.spec.cp > 1)
+    wide = tuple(replace(s, axis=SEQ, units=ctx.units(SEQ)) for s in splits if ctx.cuts_sequence)
     return Sharded(local, splits, ctx, x.wide.reshape(_local_shape(shape, wide, ctx)))
 
 

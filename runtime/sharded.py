@@ -6,20 +6,25 @@ pieces; which units a rank holds depends on the axis:
   tp    unit rank * units // tp; fewer units than ranks means that ranks share one (KV heads)
   seq   sequence over context ranks, in the zigzag of ring attention (chunks r and 2 ring - 1 - r), Ulysses inside
   seqtp the same and then over the TP ranks: the residual stream under sequence parallelism
+Packed documents are a sequence as long as the longest of them, of whose positions (units) a rank holds some several
+times: what depends on the position alone (rotary tables, learned positions) is looked up there by any model's code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from planner.costmodel.strategy import PlanSpec
+from planner.costmodel.strategy import LayerStrategy, PlanSpec
 from planner.runtime import collectives as c
 from planner.runtime.errors import RuntimePlanError
+
+if TYPE_CHECKING:
+    from planner.runtime.packing import Packed
 
 TP, SEQ, SEQTP = "tp", "seq", "seqtp"
 
@@ -98,25 +103,44 @@ class Context:
     skip_embedding: bool = False  # a later stage: what the prologue embeds is thrown away
     strict: bool = True  # refuse instead of gathering what no rule can shard
     gathered: dict[str, int] = field(default_factory=dict)  # ops that ran on gathered tensors, with their count
+    packed: Packed | None = None  # the micro-batch at hand, when it is packed documents on a group of ranks
+    strategy: LayerStrategy | None = None  # of every layer, when the micro-batch at hand has its own
+
+    @property
+    def cuts_sequence(self) -> bool:
+        """Whether a rank holds some of a sequence's positions only."""
+        return self.packed is not None or self.spec.cp > 1
+
+    @property
+    def groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """(Ulysses, ring) group of this rank now, None for one of a single rank."""
+        if self.packed is not None:
+            return self.packed.ulysses, self.packed.ring
+        return self.ulysses if self.spec.ulysses > 1 else None, self.ring if self.spec.ring > 1 else None
 
     @property
     def seq_axis(self) -> str:
         """How the residual stream is cut over the sequence; '' = whole."""
         if self.spec.sequence_parallel:
             return SEQTP
-        return SEQ if self.spec.cp > 1 else ""
+        return SEQ if self.cuts_sequence else ""
 
     def units(self, axis: str) -> int:
         """Units of a split along `axis` (TP: when every rank has its own)."""
         s = self.spec
+        if self.packed is not None and axis != TP:
+            return self.packed.length
         context = s.ulysses * (2 * s.ring if s.ring > 1 else 1)
         return {TP: s.tp, SEQ: context, SEQTP: context * s.tp}[axis]
 
-    def held(self, axis: str, units: int) -> list[int]:
+    def held(self, axis: str, units: int) -> list[int] | torch.Tensor:
         """Units that this rank holds, in local order."""
         s = self.spec
         if axis == TP:
             return [self.tp_rank * units // s.tp]
+        if self.packed is not None:
+            held = self.packed.held
+            return held.chunk(s.tp)[self.tp_rank] if axis == SEQTP else held
         if s.ring > 1:
             chunk = units // (2 * s.ring)
             chunks = (self.ring_rank, 2 * s.ring - 1 - self.ring_rank)
@@ -218,6 +242,8 @@ def take(x: torch.Tensor, dim: int, split: Split, ctx: Context) -> torch.Tensor:
 
     def pick(t: torch.Tensor, d: int) -> torch.Tensor:
         size = t.shape[d] // split.units
+        if isinstance(held, torch.Tensor):
+            return t.index_select(d, held.to(t.device))
         if held == list(range(held[0], held[0] + len(held))):
             return t.narrow(d, held[0] * size, len(held) * size)
         return torch.cat([t.narrow(d, i * size, size) for i in held], d)
@@ -249,7 +275,7 @@ def gather_tp(x: Sharded, *, partial_grad: bool) -> torch.Tensor:
         if s.axis == TP and s.units < ctx.spec.tp:
             raise Unshardable("gathering shared KV heads", x.splits)
         local = _along(local, s.dim, s.outer, lambda t, d: c.gather(t, d, ctx.tp, partial_grad=partial_grad))
-        if s.axis == SEQTP and ctx.spec.cp > 1:
+        if s.axis == SEQTP and ctx.cuts_sequence:
             left.append(replace(s, axis=SEQ, units=ctx.units(SEQ)))
     return wrap(local, tuple(left), ctx)
 

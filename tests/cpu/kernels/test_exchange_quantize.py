@@ -22,9 +22,10 @@ def test_pack_and_unpack_move_heads_to_ranks_and_back() -> None:
     assert torch.equal(exchange.unpack_heads(sent[0]), local[0])
 
 
-def test_pack_ops_pass_every_check() -> None:
-    x = torch.randn(2, 6, 4, 3, requires_grad=True)
-    packed = torch.randn(2, 2, 3, 2, 3, requires_grad=True)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pack_ops_pass_every_check(batch: int) -> None:
+    x = torch.randn(batch, 6, 4, 3, requires_grad=True)
+    packed = torch.randn(2, batch, 3, 2, 3, requires_grad=True)
     for op, args in (
         (exchange.pack_heads, (x, 2)),
         (exchange.pack_sequence, (x, 2)),
