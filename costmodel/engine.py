@@ -24,6 +24,10 @@ class EngineSpec:
     redoes in backward.
     `sp_saves_gathered`: sequence parallelism keeps the gathered input of a column-parallel linear for
     backward (DTensor) instead of gathering it again (Megatron: Korthikanti et al. 2022, section 4.2.2).
+    `recompute_stops_early`: full recomputation ends at the last tensor that backward needs, in front of the layer's
+    last product and the sum of its parts (torch.utils.checkpoint, `set_checkpoint_early_stop`).
+    `selective_gathers_again`: selective recomputation under sequence parallelism redoes the norms and the gathers of
+    their outputs, which `sp_saves_gathered` keeps otherwise.
     `attention_flops_per_sm`: FLOP/s that the attention kernel reaches at best on one multiprocessor, for kernels
     that do not know the device's newer instructions. `p2p_scatter`: tensor-parallel ranks send a boundary tensor in
     shares and gather it over NVLink behind the cut (Narayanan et al. 2021, section 4.1; the gather is not priced).
@@ -49,6 +53,8 @@ class EngineSpec:
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     selective_recompute: tuple[OpKind, ...] = (OpKind.NORM, OpKind.ELEMENTWISE)
     sp_saves_gathered: bool = False
+    recompute_stops_early: bool = False
+    selective_gathers_again: bool = False
     overlap_tp: float = 0.0
     overlap_tp_column: float = 0.0  # backward of column-parallel GEMMs only: beside their weight gradient
     overlap_cp: float = 0.0
@@ -88,6 +94,8 @@ _BLOOM = EngineSpec(
 _ENGINES = (
     EngineSpec(
         name="planner",
+        recompute_stops_early=True,
+        selective_gathers_again=True,
         sp_saves_gathered=True,
         overlap_cp=0.8,
         overlap_grad_reduce=0.8,

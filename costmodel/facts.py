@@ -56,6 +56,7 @@ class LayerFacts:
     `saved` is indexed like RECOMPUTES: activations kept until backward. `selective_traffic` and
     `selective_attention` are redone by selective recomputation. `gathered_bytes`: inputs of column-parallel
     GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
+    `last_gemm`: the last product, if backward needs neither its result nor what follows (a residual addition).
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
     GEMMs and the embedding put out. `loss_bytes`: log-probabilities kept for backward.
     """
@@ -69,6 +70,7 @@ class LayerFacts:
     selective_attention: bool
     gathered_bytes: tuple[float, ...]
     row_bytes: tuple[float, ...]
+    last_gemm: Op | None
     vocab_row_bytes: float
     vocab_gathered_bytes: float
     permute_bytes: tuple[float, ...]
@@ -227,6 +229,7 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
         selective_attention=OpKind.ATTENTION in kinds,
         gathered_bytes=tuple(gathered),
         row_bytes=tuple(rows),
+        last_gemm=_last_gemm(layer),
         vocab_row_bytes=vocab_rows,
         vocab_gathered_bytes=float(
             sum(
@@ -240,6 +243,16 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
         launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
     )
+
+
+def _last_gemm(layer: LayerClass) -> Op | None:
+    """The layer's last GEMM if backward keeps neither its result nor anything made after it."""
+    for op in reversed(layer.ops):
+        if any(layer.activations[a].saved for a in op.outputs):
+            return None
+        if op.kind is OpKind.GEMM:
+            return None if op.routed else op
+    return None
 
 
 def _makes_loss(layer: LayerClass, activation: Activation) -> bool:

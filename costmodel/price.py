@@ -185,7 +185,10 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     selective = _traffic(facts.selective_traffic, keys, machine)
     if facts.selective_attention:
         selective = selective + attention_f
-    full = gemm_f + attention_f + memory_f + launch_f + tp_f + cp_f + ep_f
+    if machine.engine.selective_gathers_again:
+        gathers = sum((_gather_s(num_bytes, keys, machine) for num_bytes in facts.gathered_bytes), start=zero)
+        selective = selective + (1 - machine.engine.overlap_tp) * gathers
+    full = gemm_f + attention_f + memory_f + launch_f + tp_f + cp_f + ep_f - _not_redone(facts, keys, machine)
     return LayerPrice(
         gemm_f=gemm_f, gemm_b=gemm_b, gemm_w=gemm_w, accumulate_w=accumulate_w,
         attention_f=attention_f, attention_b=attention_b, memory_f=memory_f, memory_b=memory_b,
@@ -204,6 +207,21 @@ def _host_collectives(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
     call_s = engine.host_collective_s + np.where(crossing, engine.host_collective_crossing_s * keys.tp, 0.0)
     collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
     return np.where(keys.tp > 1, collectives * call_s, 0.0)
+
+
+def _not_redone(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
+    """Seconds of forward that full recomputation leaves out: the layer's last GEMM and the sum of its partial results.
+
+    0 for engines that redo the whole layer (`recompute_stops_early`).
+    """
+    last = facts.last_gemm
+    if last is None or not machine.engine.recompute_stops_early:
+        return np.zeros_like(keys.tp)
+    dtype, slower = _gemm_dtype(last, machine)
+    seconds: Array = slower * compute.gemm_s(machine.cluster.device, dtype, *rank_gemm(last, keys))
+    if last.cut is TpCut.ROW:
+        seconds = seconds + (1 - machine.engine.overlap_tp) * _reduce_s(facts.row_bytes[-1], keys, machine)
+    return seconds
 
 
 def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:
@@ -309,18 +327,13 @@ def _tensor_parallel(
     column inputs again unless the engine saved them. What a column-parallel GEMM communicates in backward may run
     beside its own weight gradient (`overlap_tp_column`).
     """
-    one = np.ones_like(keys.tp)
-    sp = keys.sp > 0
     redo_gather = 0.0 if machine.engine.sp_saves_gathered else 1.0
 
     def reduce_s(num_bytes: float) -> Array:
-        size = num_bytes * keys.tokens
-        args = (machine.cluster, machine.domains, size, one, keys.tp)
-        return np.where(sp, comm.reduce_scatter_s(*args), comm.all_reduce_s(*args))
+        return _reduce_s(num_bytes, keys, machine)
 
     def gather_s(num_bytes: float) -> Array:
-        args = (machine.cluster, machine.domains, num_bytes * keys.tokens, one, keys.tp)
-        return np.where(sp, comm.all_gather_s(*args), 0.0)
+        return _gather_s(num_bytes, keys, machine)
 
     fwd, bwd, beside = np.zeros_like(keys.tp), np.zeros_like(keys.tp), np.zeros_like(keys.tp)
     for num_bytes in facts.row_bytes:
@@ -343,6 +356,18 @@ def _tensor_parallel(
     return exposed(fwd, forward_s, engine.overlap_tp), exposed(bwd, backward_s, engine.overlap_tp) + beside
 
 
+def _reduce_s(num_bytes: float, keys: Keys, machine: Machine) -> Array:
+    """Sum over the TP ranks of a tensor of `num_bytes`: reduce-scatter under SP, else all-reduce."""
+    args = (machine.cluster, machine.domains, num_bytes * keys.tokens, np.ones_like(keys.tp), keys.tp)
+    return np.where(keys.sp > 0, comm.reduce_scatter_s(*args), comm.all_reduce_s(*args))
+
+
+def _gather_s(num_bytes: float, keys: Keys, machine: Machine) -> Array:
+    """All-gather over the TP ranks of a tensor of `num_bytes` under SP, 0 without."""
+    args = (machine.cluster, machine.domains, num_bytes * keys.tokens, np.ones_like(keys.tp), keys.tp)
+    return np.where(keys.sp > 0, comm.all_gather_s(*args), 0.0)
+
+
 def _context_parallel(
     facts: LayerFacts, keys: Keys, machine: Machine, attention_f: Array, attention_b: Array
 ) -> tuple[Array, Array]:
@@ -356,7 +381,7 @@ def _context_parallel(
     for op in facts.attentions:
         a = op.attention
         assert a is not None
-        u_fwd, hop_bytes = _attention_bytes(a, keys, machine)
+        u_fwd, hop_bytes = attention_bytes(a, keys, machine)
         sizes = (keys.tp, keys.ulysses)
         calls = [comm.all_to_all_s(machine.cluster, machine.domains, b, *sizes) for b in u_fwd]
         ulysses_s = np.where(keys.ulysses > 1, calls[0] + calls[1], 0.0)
@@ -368,7 +393,7 @@ def _context_parallel(
     return fwd, bwd
 
 
-def _attention_bytes(a: Attention, keys: Keys, machine: Machine) -> tuple[tuple[Array, Array], Array]:
+def attention_bytes(a: Attention, keys: Keys, machine: Machine) -> tuple[tuple[Array, Array], Array]:
     """((bytes of q,k,v and of the output in a Ulysses all-to-all), bytes of K and V per ring hop), per rank."""
     heads = a.q_heads / keys.tp
     kv_heads = np.maximum(a.kv_heads, keys.tp * keys.ulysses) / keys.tp

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from shapes_for_tests import GPT, LLAMA, graph, keys, one
 
-from planner.costmodel import comm
+from planner.costmodel import comm, compute
 from planner.costmodel.engine import EngineSpec, get_engine
 from planner.costmodel.facts import layer_facts
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import LayerPrice, Machine, host_bound_s, price_layer
+from planner.costmodel.price import IN_STEP_GEMM, LayerPrice, Machine, host_bound_s, price_layer
 from planner.reports.shapes import Shape
 
 
@@ -60,6 +60,32 @@ def test_sequence_parallelism_gathers_again_unless_the_engine_kept_the_input() -
     assert longer == pytest.approx(2 * gather)
     more = price(kept, tp=8, sp=1).saved[0] - price(again, tp=8, sp=1).saved[0]
     assert more == pytest.approx(2 * 2 * GPT.seq_len * GPT.hidden * 7 / 8)
+
+
+@pytest.mark.parametrize("sp", [0, 1])
+def test_recomputation_that_stops_early_leaves_out_the_last_product_and_its_sum(sp: int) -> None:
+    """Of s x (ffn / t) by (ffn / t) x h, and of 2sbh bytes; a layer that ends in a norm is redone whole."""
+    whole = dataclasses.replace(get_engine("planner"), recompute_stops_early=False)
+    early = dataclasses.replace(whole, recompute_stops_early=True)
+    m = machine(whole)
+    size = (m.cluster, m.domains, 2.0 * GPT.seq_len * GPT.hidden, one(1), one(8))
+    total = comm.reduce_scatter_s(*size) if sp else comm.all_reduce_s(*size)
+    gemm = compute.gemm_s(m.cluster.device, "bfloat16", one(1), one(GPT.seq_len), one(GPT.hidden), one(GPT.ffn / 8))
+    left_out = price(whole, tp=8, sp=sp).redo[2] - price(early, tp=8, sp=sp).redo[2]
+    assert left_out == pytest.approx(total + IN_STEP_GEMM * gemm)
+    layer = graph().classes[0]
+    kept = tuple(dataclasses.replace(a, saved=True) for a in layer.activations)  # as when the layer ended in a norm
+    assert layer_facts(dataclasses.replace(layer, activations=kept), early).last_gemm is None
+
+
+def test_selective_recomputation_gathers_again_where_norms_are_redone() -> None:
+    """Two all-gathers of 2sbh bytes under SP, none without."""
+    again = get_engine("planner")
+    kept = dataclasses.replace(again, selective_gathers_again=False)
+    m = machine(again)
+    gather = comm.all_gather_s(m.cluster, m.domains, 2.0 * GPT.seq_len * GPT.hidden, one(1), one(8))
+    assert price(again, tp=8, sp=1).redo[1] - price(kept, tp=8, sp=1).redo[1] == pytest.approx(2 * gather)
+    assert price(again, tp=8).redo[1] == price(kept, tp=8).redo[1]
 
 
 def test_backward_of_column_parallel_gemms_hides_behind_weight_gradients() -> None:
