@@ -22,6 +22,7 @@ GPUS = {
     "H200-141GB-SXM": "h200-141gb",
     "B200-180GB": "b200-180gb",
     "GB200-186GB": "gb200-186gb",
+    "B300-288GB": "b300-270gb",
     "L40S": "l40s-48gb",
 }
 DTYPES = {"bfloat16": "bfloat16", "fp16": "float16", "fp8": "float8"}

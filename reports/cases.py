@@ -40,6 +40,12 @@ class Case:
     engine: EngineSpec
     spec: PlanSpec
 
+    @property
+    def runs(self) -> bool:
+        """Whether the software can run the layout at all, whatever memory it has."""
+        counts = [end - start for start, end in self.spec.stage_layers]
+        return self.software.stages != "nanotron" or stages.nanotron_fills(counts)
+
 
 def build_case(row: Row) -> Case:
     """The case of `row`; Skip says why there is none."""

@@ -24,6 +24,7 @@ _SAME_CHIP = "same chip, only memory or links differ"
 GEMM = {
     "a100-40gb": Borrow(from_device="a100-80gb", evidence=Source.MODELLED, why=_SAME_CHIP),
     "a800-80gb": Borrow(from_device="a100-80gb", evidence=Source.MODELLED, why=_SAME_CHIP),
+    "gb300-279gb": Borrow(from_device="b300-270gb", evidence=Source.MODELLED, why="same chip, higher clocks"),
     "h800-80gb": Borrow(from_device="h100-80gb", evidence=Source.MODELLED, why=_SAME_CHIP),
     "h20-96gb": Borrow(
         from_device="h100-80gb",
@@ -92,7 +93,7 @@ ATTENTION = {
                 why="H100's fraction of the peak",
             ),
         )
-        for name in ("b200-180gb", "gb200-186gb")
+        for name in ("b200-180gb", "gb200-186gb", "b300-270gb", "gb300-279gb")
     },
     **{
         name: (Borrow(from_device="a100-80gb", evidence=Source.ASSUMED, changes=_NO_FLASH, why="no measurement found"),)
@@ -107,7 +108,8 @@ STREAM = {
         Borrow(from_device="a100-80gb", evidence=Source.MODELLED, why="same share of the HBM rate as A100"),
     ),
     **dict.fromkeys(
-        ("h100-80gb", "h800-80gb", "h20-96gb", "b200-180gb", "gb200-186gb"),
+        ("h100-80gb", "h800-80gb", "h20-96gb", "b200-180gb", "gb200-186gb", "b300-270gb",
+         "gb300-279gb"),
         Borrow(from_device="h200-141gb", evidence=Source.MODELLED, why="same share of the HBM rate as H200"),
     ),
     **dict.fromkeys(

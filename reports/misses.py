@@ -34,8 +34,10 @@ CAUSES = (
     Cause(
         name="pathological by the data set's own note",
         applies=lambda p: PATHOLOGICAL in p.row.text("notes"),
-        why="At most 5 % MFU. Most have ZeRO-0, dp > 1 and pp > 1 over several nodes, and take about 1.1 s per "
-        "micro-batch whatever the model size; the same plans with ZeRO-1 do not. Not hardware: not modelled.",
+        why="At most 5 % MFU. Most have pp > 1 over several nodes and lose 0.6 to 1.4 s per micro-batch whatever its "
+        "size, more often with ZeRO 0 (torch DDP) than with ZeRO 1. No field of a row tells which: tp 2, pp 8, dp 2 "
+        "under ZeRO 0 takes 0.05 s a micro-batch for 8B and 1.18 s for 3B on as many GPUs; tp 1, pp 4 under ZeRO 1 is "
+        "normal for 1B on 32 and 128 GPUs and 30 times slower on 64. Not modelled.",
     ),
     Cause(
         name="memory nearly full",
@@ -46,9 +48,10 @@ CAUSES = (
     Cause(
         name="nanotron, tp and pp together over several nodes",
         applies=lambda p: _nanotron(p) and p.case.spec.tp > 1 and p.case.spec.pp > 1 and _across_nodes(p),
-        why="A floor of 8, 13, 21 and 46 ms per layer and micro-batch at tp 2, 4, 8, 16 that neither tp alone nor pp "
-        "alone nor one node shows, and that no size changes. An engine effect without a mechanism we can state: "
-        "not modelled.",
+        why="Runs here are bound by the host: 10, 15, 25, 52 ms per layer and micro-batch at tp 2, 4, 8, 16 whatever "
+        "the model, its depth or the micro-batch, where tp alone, pp alone and one node need 4.5. Modelled as a cost "
+        "per collective and rank (`host_collective_crossing_s`); these rows also have stalls like the pathological "
+        "ones, or tp across nodes.",
     ),
     Cause(
         name="nanotron on 256 or 512 GPUs",

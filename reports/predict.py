@@ -97,7 +97,7 @@ def _prediction(case: Case, estimate: Estimate) -> Prediction:
         case=case,
         step_s=estimate.step_s,
         memory_bytes=counted,
-        fits=estimate.peak_memory_bytes <= capacity,
+        fits=case.runs and estimate.peak_memory_bytes <= capacity,
         parts_s={part.name: part.time_s for part in (*estimate.breakdown.children, *estimate.breakdown.leaves())},
         measured_s=0.0 if row.failed else row.step_s,
         measured_bytes=row.number("peak_memory_gb", 0.0) * software.memory_unit_bytes,

@@ -43,6 +43,15 @@ def nanotron(num_layers: int, num_stages: int, layer_cost: float, head_cost: flo
     return from_counts(counts)
 
 
+def nanotron_fills(counts: Sequence[int]) -> bool:
+    """Whether every stage gets a block.
+
+    Each stage takes a block at least, and behind the layers only three are left:
+    the head with the norm in front of it, the cast of the logits, and the loss. A stage without a block fails.
+    """
+    return sum(count == 0 for count in counts) <= 3
+
+
 def balanced(num_layers: int, num_stages: int, layer_cost: float, head_cost: float) -> Stages:
     """The smallest largest stage cost when the last stage also bears the head; early stages take the surplus."""
     best: tuple[float, list[int]] | None = None

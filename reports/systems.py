@@ -101,6 +101,7 @@ _GPUS = {
     "H100-80GB-SXM": "h100", "H100-80GB": "h100", "A100-80GB-SXM": "a100-80gb", "A100-80GB": "a100-80gb",
     "A100-40GB-SXM": "a100-40gb", "V100-32GB": "v100", "V100-32GB-SXM3": "v100", "V100-16GB": "v100",
     "V100-32GB-SXM3 (DGX-2)": "v100", "H200-141GB-SXM": "h200", "B200-180GB": "b200", "GB200-186GB": "gb200-nvl72",
+    "B300-288GB": "b300", "GB300-288GB": "gb300-nvl72",
     "A800-80GB": "a800-80gb", "MI250X-GCD-64GB": "mi250x", "MI300X-192GB": "mi300x", "T4-16GB": "t4-g4dn",
 }  # fmt: skip
 _NODE_RATES = (  # what a node's network carries, in words of the rows; bits per second of the node

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from planner.space import Limits
 
 REPORT = HERE / "accuracy.md"
 BASELINE = HERE / "baseline.json"
+MOE_GOAL = 0.15
 PUBLISHED_BASELINE = HERE / "baseline_published.json"
 
 
@@ -65,6 +68,7 @@ def _report(full: Result, small: Result) -> list[str]:
         "## Memory constants of Korthikanti et al. 2022", "", *_facts(), "",
         *[line for key in ("source", "gpu", "arch", "component", "engine")
           for line in (f"## Per {key}", "", *tables.per(p, key, markdown=True), "")],
+        "## Mixture of experts, per release", "", *_experts(p), "",
         "## Peak memory", "", *_memory(p), "",
         "## Fits or does not fit, per source", "", *_feasibility(p), "",
         "## Known misses", "", *_misses(p), "",
@@ -108,7 +112,8 @@ def _goals(p: Sequence[Prediction]) -> list[str]:
         ("dense", dense), ("regular", regular), ("korthikanti", korthikanti), ("single", single), ("multi", multi))}
     ultra, amp = (metrics.score(_of(p, name)) for name in ("Ultra-Scale", "AMP"))
     memory, fit = metrics.memory_errors(p), metrics.feasibility(p)
-    releases = metrics.partition(moe, "source")
+    releases = by_release(moe)
+    within = [name for name, rows in releases.items() if metrics.time_errors(rows)["mape"] <= MOE_GOAL]
 
     def both(e: dict[str, Any]) -> str:
         return f"median {percent(e['median'])}, MAPE {percent(e['mape'])}"
@@ -127,9 +132,29 @@ def _goals(p: Sequence[Prediction]) -> list[str]:
         ["peak memory", "median <= 5 %, MAPE <= 8 %", both(memory)],
         ["fits / does not fit", "balanced >= 95 %, false fits <= 2 %",
          f"{percent(fit['balanced_accuracy'])}, {percent(fit['false_fit_frac'])}"],
-        *[[f"MoE, {name}", "MAPE <= 15 %", percent(metrics.time_errors(rows)["mape"])]
-          for name, rows in releases.items()],
+        ["MoE, each release", "MAPE <= 15 %",
+         f"{len(within)} of {len(releases)} releases, {sum(map(len, map(releases.get, within)))} of {len(moe)} rows"],
     ])  # fmt: skip
+
+
+def by_release(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """Predictions by source and, where it names them, release of the software."""
+    found: dict[str, list[Prediction]] = defaultdict(list)
+    for p in predictions:
+        release = re.match(r"(\d[\d.]+) container|(v[\d.]+)", p.row.text("source_ref"))
+        found[f"{p.row.source} {release[0] if release else ''}".strip()].append(p)
+    return dict(sorted(found.items()))
+
+
+def _experts(p: Sequence[Prediction]) -> list[str]:
+    rows = []
+    for name, part in by_release([q for q in p if q.row.text("arch") == "moe"]).items():
+        e = metrics.time_errors(part)
+        rows.append([name, str(e["rows"]), percent(e["mape"]), percent(e["bias"], True)])
+    return [*_table(["release", "rows", "MAPE", "bias"], rows), "",
+            "One engine stands for all releases. Between 26.04 and 26.06 the same plan of Qwen3-30B-A3B on 8 GB200 "
+            "went from 10.1 to 6.4 s, and on 8 B200 micro-batches of 1 (25.11, 26.02) took 2.8 times as long as of 4 "
+            "(26.02.01 and later)."]  # fmt: skip
 
 
 def _peers(p: Sequence[Prediction]) -> list[str]:
@@ -191,7 +216,30 @@ _MEMORY_NOTES = [
     "3. The peak of the last pipeline rank, where nanotron logs, instead of the fullest: -50 % at pp 4 and more. The "
     "figures fit the fullest rank better; not kept.", "",
     "Rows whose printed peak falls when the micro-batch grows (tp 32: 62.9 GiB at 32, 46.0 at 64) cannot be met by any "
-    "ledger. BLOOM's figures are nvidia-smi's, with the allocator's cache, which the ledger does not predict.",
+    "ledger. The same holds for runs that need equal memory by construction: 3B at tp 16, pp 1 and micro-batches of 16 "
+    "printed 45.1 GiB on 16 GPUs, 23.6 on 32 and 45.7 on 128. BLOOM's figures are nvidia-smi's, with the allocator's "
+    "cache, which the ledger does not predict; its two optimizers (16-bit gradients, then fp32 ones beside them, as "
+    "the rows' notes say) and DeepSpeed's two buffers are in the ledger as its source holds them.",
+]
+_TIME_NOTES = [
+    "What was tried for the goals that are missed:", "",
+    "1. nanotron, time: a host cost per collective and rank where a pipeline crosses nodes, and a harder host bound "
+    "(`HOST_NORM` 4, best for vTrain's rows, agreed by nanotron's): kept; MAPE of its rows 38 -> 24 % (fit and "
+    "left-out error in engines.md).",
+    "2. nanotron, regret: torch DDP's overlap under ZeRO 0 (DDP reduces in hooks of the last backward). With models "
+    "left out it is no better than none (8.1 against 7.4 %), and it moved choices to ZeRO 0 with pipelines, which "
+    "stall: not kept. Four of 16 groups carry the regret; their choices are one-off slow runs (8B on 16 GPUs, tp 1, "
+    "pp 2, dp 8: 24.4 s, where the same layout on 32 GPUs is its group's best) or on 512 GPUs.",
+    "3. AMP: stages balanced by FLOPs instead of as printed: no change of order. What is missing grows with the "
+    "parameters of a rank and falls with pp (measured over predicted 1.7 at pp 1, 1.1 at pp 16): gradients over "
+    "sockets, for which no table of g4dn was found. Gradients in fp32 on the wire would give a "
+    "Spearman of 0.926 and the same regret; no document says that they were: not kept.",
+    "4. Korthikanti: the error grows with the hidden size (22B -2 %, 1T +7 and +9 %): large GEMMs gain more on these "
+    "clocks than the surface of one device and one in-step factor says. The factor and the overlap of the "
+    "column-parallel GEMM were fitted with sources or models left out (engines.md) and stay.",
+    "5. vTrain, multi-node: rows of tp 16 over two nodes (-25 %) and two single runs (-49, -29 %) that differ from "
+    "their neighbours in micro-batch alone; single-node: tp 8 at micro-batches of 1 takes 5.1 ms a layer where "
+    "tp 1, 2 and 4 take 3.4 to 3.6, whatever the hidden size.",
 ]
 
 
@@ -227,4 +275,4 @@ def _misses(p: Sequence[Prediction]) -> list[str]:
         [cause.name, str(len(rows)), percent(sorted(q.time_error for q in rows)[len(rows) // 2], True), cause.why]
         for cause, rows in groups
     ])  # fmt: skip
-    return [f"{total:,} of {timed:,} rows are off by more than a quarter.", "", *table]
+    return [f"{total:,} of {timed:,} rows are off by more than a quarter.", "", *table, "", *_TIME_NOTES]

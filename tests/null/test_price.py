@@ -97,12 +97,28 @@ def test_backward_of_column_parallel_gemms_hides_behind_weight_gradients() -> No
 
 
 def test_host_bound_time_by_hand() -> None:
-    """Between the larger of both and their sum: (1 + 1)^(1/3) - 1; nothing is hidden from a blocking host."""
-    assert host_bound_s(one(1), one(1), False) == pytest.approx(2 ** (1 / 3) - 1)
+    """Between the larger of both and their sum: (1 + 1)^(1/4) - 1; nothing is hidden from a blocking host."""
+    assert host_bound_s(one(1), one(1), False) == pytest.approx(2 ** (1 / 4) - 1)
     assert host_bound_s(one(1), one(0), False) == 0
-    assert host_bound_s(one(100), one(1), False) == pytest.approx(1 / 3e4, rel=1e-3)
+    assert host_bound_s(one(100), one(1), False) == pytest.approx(100 / 4e8, rel=1e-3)
     assert host_bound_s(one(1e-9), one(1), False) == pytest.approx(1)
     assert host_bound_s(one(100), one(1), True) == 1
+
+
+@pytest.mark.parametrize(("num_gpus", "piped", "more_s"), [(8, 1, 0), (16, 0, 0), (16, 1, 4 * 8 * 1e-3)])
+def test_a_pipeline_that_crosses_nodes_slows_the_host_by_collective_and_rank(
+    num_gpus: int, piped: int, more_s: float
+) -> None:
+    """Two gathers and two scatters in forward, 1 ms more for each of the 8 ranks; blocking, so that all of it shows."""
+    base = dataclasses.replace(get_engine("nanotron"), blocking_launches=True, host_collective_crossing_s=0.0)
+    slow = dataclasses.replace(base, host_collective_crossing_s=1e-3)
+    facts = layer_facts(graph(GPT).classes[0], base)
+    where = keys(tp=8, sp=1, piped=piped)
+    plain, slower = (
+        price_layer(facts, where, dataclasses.replace(machine(e), num_gpus=num_gpus)) for e in (base, slow)
+    )
+    assert slower.launch_f - plain.launch_f == pytest.approx(more_s)
+    assert slower.launch_b - plain.launch_b == pytest.approx(2 * more_s)
 
 
 def test_eight_bit_gemms_are_used_in_the_body_only() -> None:

@@ -124,6 +124,13 @@ def test_nanotron_fills_a_stage_until_its_share_is_passed() -> None:
     assert stages.nanotron(6, 2, 1.0, 0.0) == stages.from_counts([4, 2])
 
 
+def test_a_nanotron_stage_without_a_block_does_not_run() -> None:
+    """Behind the last layer come head, cast and loss: three stages at most live without a layer."""
+    assert stages.nanotron_fills([3, 3, 2, 3, 2, 3, 0, 0])
+    assert stages.nanotron_fills([5, 5, 0, 0, 0])
+    assert not stages.nanotron_fills([2, 1, 0, 0, 0, 0])
+
+
 def test_balanced_stages_minimise_the_largest_with_the_head_on_the_last() -> None:
     assert stages.balanced(8, 2, 1.0, 2.0) == stages.from_counts([5, 3])
     assert stages.balanced(8, 4, 1.0, 0.0) == stages.from_counts([2, 2, 2, 2])
