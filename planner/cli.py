@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "explain": ("planner.commands.explain", "where time and memory go, what binds, why not another layout"),
     "diff": ("planner.commands.diff", "what differs between two plans, and what it costs"),
     "check": ("planner.commands.check", "verify a plan independently of the search"),
+    "dispatch": ("planner.commands.dispatch", "the groups that a plan with buckets forms for a batch of lengths"),
     "cluster": ("planner.commands.cluster", "list the known clusters, or show one with its sources"),
     "profile": ("planner.commands.profile", "measure this machine, so that plans rest on measurements"),
     "calibrate-loop": ("planner.reports.closed_loop", "profile, plan, run, compare: how good predictions are here"),

@@ -199,13 +199,25 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupKind:
+    """A kind of group that the dispatcher may form, and how many tokens its ulysses x ring data ranks hold together."""
+
+    ulysses: int
+    ring: int
+    recompute: str
+    offload_activations: bool
+    capacity_tokens: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SequencePlan:
     """What a plan does with sequences of different lengths, by bucket; the dispatcher follows every batch.
 
     Expected over `num_batches` sampled batches: `step_s` and its 10th and 90th percentile. `lower_bound_s`: no state
     layout, group or dispatch of the declared space has a smaller mean on them. `static_step_s`: the best plan with
     groups of one kind that holds the longest sequence (None: none does). `bucket_error_frac`: what rounding lengths
-    up to the buckets' edges would cost; the dispatcher does not round.
+    up to the buckets' edges would cost; the dispatcher does not round. `kinds`: its menu, priced anew when it is used.
+    `quantiles`: (tokens, share of the sequences with at most so many) of the distribution, to notice when data drifts.
     """
 
     distribution: str
@@ -224,6 +236,8 @@ class SequencePlan:
     num_layouts: int
     stop_reason: str
     buckets: tuple[Bucket, ...]
+    kinds: tuple[GroupKind, ...] = ()
+    quantiles: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

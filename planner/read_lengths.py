@@ -11,7 +11,7 @@ import numpy as np
 
 from planner.distributions import NAMES, named
 from planner.errors import UserError
-from planner.lengths import Lengths, Segment, from_samples, from_segments
+from planner.lengths import IntArray, Lengths, Segment, from_samples, from_segments
 
 MAX_BYTES = 2**31
 CSV_COLUMNS = "low,high,count (lengths in (low, high], any positive weight) and, optionally, mean"
@@ -32,16 +32,31 @@ def read_lengths(what: str) -> Lengths:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES:,} bytes: give a histogram (.csv: {CSV_COLUMNS})")
-        if path.suffix == ".npy":
-            return _npy(path)
-        return _csv(path) if path.suffix == ".csv" else _text(path)
+        if path.suffix == ".csv":
+            return _csv(path)
+        lengths = _listed(path)
+        return from_samples(lengths, path.stem, f"{path.name}: {len(lengths):,} lengths")
     except OSError as error:
         raise UserError(f"--seq-dist {path}: cannot read: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"--seq-dist {path}: {error}") from None
 
 
-def _npy(path: Path) -> Lengths:
+def read_batch(path: Path) -> IntArray:
+    """Lengths of one batch, in order: .npy, or text with one a line. UserError of one line if it cannot be used."""
+    try:
+        return _listed(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _listed(path: Path) -> IntArray:
+    return _npy(path) if path.suffix == ".npy" else _text(path)
+
+
+def _npy(path: Path) -> IntArray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError):
@@ -49,10 +64,10 @@ def _npy(path: Path) -> Lengths:
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         shape = getattr(array, "shape", "several")
         raise ValueError(f"needs one dimension of integers, has {getattr(array, 'dtype', 'an archive')} {shape}")
-    return from_samples(array.astype(np.int64), path.stem, f"{path.name}: {len(array):,} lengths")
+    return array.astype(np.int64)
 
 
-def _text(path: Path) -> Lengths:
+def _text(path: Path) -> IntArray:
     values = []
     with path.open(encoding="utf-8", errors="strict") as file:
         for number, line in enumerate(file, start=1):
@@ -62,7 +77,7 @@ def _text(path: Path) -> Lengths:
             if not word.isdecimal() or not 1 <= len(word) <= 12:
                 raise ValueError(f"line {number}: {word[:40]!r} is not a whole number of tokens")
             values.append(int(word))
-    return from_samples(np.array(values, np.int64), path.stem, f"{path.name}: {len(values):,} lengths")
+    return np.array(values, np.int64)
 
 
 def _csv(path: Path) -> Lengths:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.strategy import PlanSpec
+from planner.kernels import dispatch
 from planner.plan import Plan
 from planner.runtime import cuts as cutting
 from planner.runtime import experts, rules_math, rules_shape, zero
@@ -26,6 +27,7 @@ from planner.runtime.errors import RuntimePlanError
 from planner.runtime.layers import adapt, plain_edge, slots_of
 from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import AdamWConfig, Owned, ShardedAdamW
+from planner.runtime.packing import pack
 from planner.runtime.parallel import Loss, Parallel, next_token_loss
 from planner.runtime.pipeline import StageModule, build_schedule, stages_of
 from planner.runtime.rules import ShardMode
@@ -46,12 +48,14 @@ def parallelize(
     input_name: str = "",
     precision: torch.dtype | None = None,
     adamw: AdamWConfig | None = None,
+    packs: bool = False,
 ) -> Parallel:
     """Apply `spec` to `model`, whose parameters hold the whole model's values (equal on every rank).
 
     The model is changed in place. `seq_len`: tokens per sequence, the graph's by default. `precision`: dtype of
-    parameters in forward and backward when it is not that of the model. RuntimePlanError in one line when the
-    plan does not fit the model, the world or the runtime.
+    parameters in forward and backward when it is not that of the model. `packs`: micro-batches will be packed documents
+    on groups of data ranks (groups.py). RuntimePlanError in one line when the plan does not fit the model, the world or
+    the runtime.
     """
     reason = unsupported(spec)
     if reason is not None:
@@ -61,14 +65,14 @@ def parallelize(
     ctx = Context(
         spec=spec, tp_rank=mesh.position["tp"], ring_rank=mesh.position["ring"],
         ulysses_rank=mesh.position["ulysses"], tp=mesh.tp, ring=mesh.ring, ulysses=mesh.ulysses,
-        seq_len=seq_len or graph.traced_seq_len, micro_batch_size=spec.micro_batch_size,
+        seq_len=seq_len or graph.traced_seq_len, micro_batch_size=1 if packs else spec.micro_batch_size,
     )  # fmt: skip
     _check_shapes(model, spec, graph, ctx)
     table = cutting.cut_table(model, graph, spec)
     parallel = Parallel(
         model=model, spec=spec, graph=graph, mesh=mesh, ctx=ctx, chain=Chain(model, cutting.layer_paths(graph)),
         cuts=table, loss=loss, device=device, input_name=input_name or _input_name(model),
-        dtype=precision, original=model.forward,
+        dtype=precision, original=model.forward, packs=packs,
         full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
     _experts(parallel)
@@ -131,16 +135,18 @@ def _dry_pass(p: Parallel) -> None:
                 owner._parameters[name] = local[names[id(param)]]
         for (owner, name), buffer in buffers.items():
             owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-        tokens = torch.empty((p.spec.micro_batch_size, p.ctx.seq_len), dtype=torch.int64, device="meta")
+        tokens = torch.empty((p.ctx.micro_batch_size, p.ctx.seq_len), dtype=torch.int64, device="meta")
         with torch.no_grad(), torch.device("meta"), p.chain.recording():
             with ShardMode(p.ctx) if p.uses_rules else nullcontext():
                 p.loss(p.model(**{p.input_name: p.shard_tokens(tokens)}), p.shard_tokens(tokens))
 
     p.ctx.skip_embedding = False
+    p.ctx.packed = pack([p.ctx.seq_len], (1, 1), 0, (None, None), 1, torch.device("cpu")) if p.packs else None
     try:
         with _unpacked(), unset_fake_temporarily():  # meta tensors are enough, and faster than a dry run's fake ones
             cutting.settle(p.cuts, run, p.ctx)
     finally:
+        p.ctx.packed = None
         for (owner, name), param in before.items():
             owner._parameters[name] = param
         for (owner, name), buffer in buffers.items():
@@ -329,6 +335,14 @@ def _optimizer(p: Parallel, config: AdamWConfig) -> None:
 
 
 def parallelize_plan(model: nn.Module, plan: Plan, **options: Any) -> Parallel:
-    """Apply a Plan (planner.plan) to `model`; options are those of `parallelize`."""
+    """Apply a Plan (planner.plan) to `model`; options are those of `parallelize`.
+
+    On a GPU the plan's choice of kernels holds from now on. RuntimePlanError when it cannot be honoured here.
+    """
+    if options.get("device", torch.device("cpu")).type == "cuda":
+        try:
+            dispatch.choose(plan.inputs.engine.kernels)
+        except dispatch.DispatchError as error:
+            raise RuntimePlanError(f"kernels of this plan: {error}: install triton") from None
     options.setdefault("seq_len", plan.inputs.seq_len)
     return parallelize(model, plan.decisions, plan.inputs.graph, **options)

@@ -73,7 +73,7 @@ def adapt(layer: nn.Module, ctx: Context, slots: Any, strategy: LayerStrategy, u
             local, out_marks[:] = _unwrap(out)
             return local
 
-        out = strategy_body(body, strategy)(leaves)
+        out = strategy_body(body, ctx.strategy or strategy)(leaves)
         leave_marks(layer, out_marks)
         return out
 

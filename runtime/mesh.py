@@ -140,6 +140,18 @@ class Mesh:
         rows = self._rows(("dp_replicate", "dp_shard", "ring", "ulysses"))
         return _make_groups(rows.reshape(-1, self.spec.ep))
 
+    def data_groups(self, ulysses: int, ring: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """(Ulysses, ring) group of this rank when aligned blocks of `ulysses` x `ring` data ranks work together.
+
+        None for a group of one rank, and where the blocks leave the last ranks over.
+        """
+        rows = self._rows(("dp_replicate", "dp_shard", "ring", "ulysses"))
+        block = ulysses * ring
+        table = rows[:, : rows.shape[1] // block * block].reshape(-1, ring, ulysses)
+        inner = _find_group(table.reshape(-1, ulysses)) if ulysses > 1 else None
+        outer = _find_group(table.transpose(0, 2, 1).reshape(-1, ring)) if ring > 1 else None
+        return inner, outer
+
     def dense_mesh(self) -> DeviceMesh:
         """(replicate, shard) mesh of dense parameters; everything replicates under ZeRO 0."""
         rows = self._rows(("dp_replicate", "dp_shard", "ring", "ulysses"))

@@ -72,11 +72,12 @@ class Parallel:
     optimizer: ShardedAdamW | None = None
     dtype: torch.dtype | None = None  # of activations, when not that of the parameters
     scale: int = 1  # tokens of the batch that the pipeline is working on
+    packs: bool = False  # micro-batches are packed documents (groups.py)
 
     @property
     def uses_rules(self) -> bool:
-        """Whether tensors are cut inside the model (TP or context parallelism)."""
-        return self.spec.tp > 1 or self.spec.cp > 1
+        """Whether tensors are cut inside the model (TP, context parallelism or packed documents)."""
+        return self.spec.tp > 1 or self.spec.cp > 1 or self.packs
 
     def expert_offset(self, item: Owned) -> int:
         """First expert of this rank in a parameter that stacks experts; 0 for any other."""
@@ -105,6 +106,9 @@ class Parallel:
         if not axis:
             return tokens
         split = Split(1, axis, self.ctx.units(axis))
+        if self.ctx.packed is not None:  # this rank's own already
+            mine = tokens if axis == SEQ else tokens.chunk(self.spec.tp, 1)[self.ctx.tp_rank]
+            return Sharded(mine, (split,), self.ctx, tokens)
         wide = take(tokens, 1, Split(1, SEQ, self.ctx.units(SEQ)), self.ctx) if self.spec.cp > 1 else tokens
         return Sharded(take(tokens, 1, split, self.ctx), (split,), self.ctx, wide)
 

@@ -93,3 +93,12 @@ def reasons(spec: PlanSpec, experts: bool = False) -> tuple[str, ...]:
 def unsupported(spec: PlanSpec) -> str | None:
     """The first reason why the runtime cannot execute `spec`, or None."""
     return next(iter(reasons(spec)), None)
+
+
+def groups_unsupported(spec: PlanSpec) -> str | None:
+    """Why the runtime cannot run groups of unequal size (plans with buckets) over the data ranks of `spec`, or None."""
+    if spec.pp > 1:
+        return "groups with pp: the runtime's pipelines run micro-batches of one shape: plan with --forbid pp"
+    if spec.ep > 1:
+        return "groups with ep: experts spread over ranks that take different numbers of micro-batches"
+    return None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planner.plan import Plan
     from planner.runtime.checkpoint import Checkpoints
-    from planner.runtime.data import Batches
+    from planner.runtime.feed import PlainFeed
+    from planner.runtime.groups_feed import Feed as GroupedFeed
     from planner.runtime.model_source import Source
     from planner.runtime.parallel import Parallel
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model.py, model.py:function or config.json; its code runs with your rights")
     parser.add_argument("--plan", type=Path, required=True, help="plan.json of `planner search`")
     parser.add_argument("--data", type=Path, help="tokens: .npy, or raw uint16; default: model.py's train_dataset()")
+    parser.add_argument("--documents", type=Path, help="lengths of the documents in --data, for plans with buckets")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all, also after resuming")
     parser.add_argument("--out", type=Path, default=Path("run"), help="folder of metrics and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,7 +71,11 @@ def main(args: argparse.Namespace) -> int:
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(args.out / "checkpoints", args.keep)
-    _loop(parallel, plan, _batches(plan, source, args), checkpoints, args)
+    feed = _grouped_feed(plan, parallel, args) if plan.sequences else _plain_feed(plan, parallel, source, args)
+    try:
+        _loop(parallel, plan, feed, checkpoints, args)
+    finally:
+        feed.close()
     if started:
         dist.destroy_process_group()
     return 0
@@ -127,12 +133,14 @@ def _apply(plan: Plan, source: Source, args: argparse.Namespace, device: Any) ->
     low = source.dtype in (torch.bfloat16, torch.float16)
     model = source.model.to(torch.float32 if low else source.dtype).train()  # masters are float32 under low precision
     adamw = AdamWConfig(lr=args.lr, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm)
-    return parallelize_plan(model, plan, device=device, precision=source.dtype if low else None, adamw=adamw)
+    precision, packs = source.dtype if low else None, plan.sequences is not None
+    return parallelize_plan(model, plan, device=device, precision=precision, adamw=adamw, packs=packs)
 
 
-def _batches(plan: Plan, source: Source, args: argparse.Namespace) -> Batches:
+def _plain_feed(plan: Plan, parallel: Parallel, source: Source, args: argparse.Namespace) -> PlainFeed:
     from planner.runtime.data import Batches, TokenFile
     from planner.runtime.errors import RuntimePlanError
+    from planner.runtime.feed import PlainFeed
 
     inputs = plan.inputs
     if args.data is not None:
@@ -142,7 +150,17 @@ def _batches(plan: Plan, source: Source, args: argparse.Namespace) -> Batches:
     else:
         raise RuntimePlanError(f"no data: pass --data tokens.npy or define train_dataset() in {args.model}")
     vocab = inputs.graph.vocab_size
-    return Batches(data, inputs.seq_len, inputs.global_batch_size, args.seed, vocab)
+    return PlainFeed(parallel, Batches(data, inputs.seq_len, inputs.global_batch_size, args.seed, vocab))
+
+
+def _grouped_feed(plan: Plan, parallel: Parallel, args: argparse.Namespace) -> GroupedFeed:
+    from planner.runtime.corpus import open_corpus
+    from planner.runtime.errors import RuntimePlanError
+    from planner.runtime.groups_feed import feed_of
+
+    if args.data is None:
+        raise RuntimePlanError("a plan with buckets trains on documents: pass --data with --documents, or NAME.bin")
+    return feed_of(plan, parallel, open_corpus(args.data, args.documents), args.seed)
 
 
 def _resume(parallel: Parallel, checkpoints: Checkpoints, args: argparse.Namespace) -> int:
@@ -160,25 +178,25 @@ def _resume(parallel: Parallel, checkpoints: Checkpoints, args: argparse.Namespa
     return int(facts["step"])
 
 
-def _loop(parallel: Parallel, plan: Plan, batches: Batches, checkpoints: Checkpoints, args: argparse.Namespace) -> None:
+def _loop(
+    parallel: Parallel, plan: Plan, feed: PlainFeed | GroupedFeed, checkpoints: Checkpoints, args: argparse.Namespace
+) -> None:
     import torch
 
     from planner.plan import plan_body
     from planner.runtime.errors import TrainingError
     from planner.runtime.measure import Metrics
 
-    size = plan.inputs.global_batch_size
+    size = feed.samples_per_step
     first = _resume(parallel, checkpoints, args)
     options = {"seed": args.seed, "lr": args.lr, "warmup": args.warmup, "resumed_at_step": first}
     metrics = Metrics(args.out, plan, parallel.device, args.print_every, options)
     digest = plan_body(plan)["sha256"]
     for step in range(first, args.steps):
         torch.manual_seed(hash((args.seed, step, parallel.mesh.position["dp"])) % 2**63)
-        part, parts = parallel.mesh.position["dp"], parallel.spec.dp
-        tokens, labels = metrics.data(partial(batches.rank_slice, step * size, part, parts))
+        work = metrics.data(partial(feed, step))
         lr = learning_rate(step, args.steps, args.lr, args.warmup)
-        batch = tokens.to(parallel.device), labels.to(parallel.device)
-        result = metrics.run(parallel, partial(parallel.step, *batch, lr))
+        result = metrics.run(parallel, partial(work, lr))
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise TrainingError(
                 f"loss is {result.loss}, gradient norm {result.grad_norm} at step {step + 1}: nothing was saved after "

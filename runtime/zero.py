@@ -48,8 +48,15 @@ def before_backward(model: nn.Module, spec: PlanSpec, last: bool) -> None:
         model.set_reshard_after_backward(spec.zero_stage == 3 or last)
 
 
+def gather_now(model: nn.Module) -> None:
+    """Gather all parameters at once, for a step whose ranks do not go through its layers side by side."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
 def reduce_now(model: nn.Module) -> None:
-    """Reduce the gradients of a whole step at once, after a pipeline schedule that gathered them."""
+    """Reduce the gradients of a whole step at once, after micro-batches that summed them up on each rank."""
     if not isinstance(model, FSDPModule):
         return
     model.set_is_last_backward(True)

@@ -16,17 +16,14 @@ from planner.costmodel.price import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import InfeasibleError, UserError
 from planner.lengths import Lengths
-from planner.plan import Bucket, Plan, SequencePlan
+from planner.menus import quantiles_of
+from planner.plan import Bucket, GroupKind, Plan, SequencePlan
 from planner.provenance import tool_version
 from planner.read_lengths import read_lengths
 from planner.render import Grid, Report, percent, seconds
 from planner.space import Limits
 from planner.views import cluster_line, plan_data
 
-NOT_EXECUTED = (
-    "sequences: the runtime does not run groups of unequal size over the same ranks yet; it can run `decisions`, the "
-    "static plan of this state layout"
-)
 _GRAIN = 1024  # traced lengths are multiples of this, so that context-parallel degrees divide them
 
 
@@ -46,8 +43,8 @@ def lengths_of(args: argparse.Namespace) -> Lengths | None:
         if args.max_seq_len or args.tokens_per_step:
             raise UserError("--max-seq-len and --tokens-per-step go with --seq-dist")
         return None
-    if args.executable_only or args.objective != "step_s":
-        raise UserError("--seq-dist goes with neither --executable-only nor --objective: its groups are planned only")
+    if args.objective != "step_s":
+        raise UserError("--seq-dist does not go with --objective: it minimises the expected step")
     if args.seq_len:
         raise UserError("--seq-dist takes --max-seq-len instead of --seq-len")
     lengths: Lengths = read_lengths(args.seq_dist)
@@ -68,6 +65,8 @@ def tokens_of(args: argparse.Namespace, lengths: Lengths) -> int:
 def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: Limits) -> Plan:
     """Search, and the result as a plan that the checker accepts. InfeasibleError says the longest that fits."""
     tokens = tokens_of(args, lengths)
+    if args.executable_only:
+        limits = replace(limits, forbidden=limits.forbidden | {"pp"})  # groups run without pipelines only
     options = LengthOptions(
         gap_frac=args.gap, time_limit_s=args.time_limit, memory_margin_frac=job.memory_margin_frac
     )
@@ -84,7 +83,7 @@ def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: L
         raise UserError(f"--seq-dist: {error}") from None
     record = _record(result, lengths, tokens)
     for spec in _static_specs(job, result, tokens):
-        reasons = (NOT_EXECUTED, *arguments.executable_reasons(spec, job.graph))
+        reasons = (*groups_reasons(spec), *arguments.executable_reasons(spec, job.graph))
         plan = build_plan(replace(job, global_batch_size=spec.global_batch_size), spec, tool_version(), reasons)
         if not problems(check_plan(plan)):
             return replace(plan, sequences=record)
@@ -92,6 +91,14 @@ def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: L
         f"no static plan of the chosen layout holds full sequences of {job.graph.traced_seq_len:,} tokens by "
         "simulation: give a smaller --max-seq-len or a larger --memory-margin"
     )
+
+
+def groups_reasons(spec: PlanSpec) -> tuple[str, ...]:
+    """Why the runtime cannot run groups under the state layout of `spec`; empty if it can."""
+    from planner.runtime.support import groups_unsupported
+
+    reason = groups_unsupported(spec)
+    return (reason,) if reason else ()
 
 
 def _static_specs(job: Job, result: LengthResult, tokens: int) -> list[PlanSpec]:
@@ -135,6 +142,14 @@ def _record(result: LengthResult, lengths: Lengths, tokens: int) -> SequencePlan
             )
             for b in result.buckets
         ),
+        kinds=tuple(
+            GroupKind(
+                ulysses=g.ulysses, ring=g.ring, recompute=g.strategy.recompute,
+                offload_activations=g.strategy.offload_activations, capacity_tokens=g.capacity_tokens,
+            )
+            for g in result.layout.menu.groups
+        ),
+        quantiles=quantiles_of(lengths),
     )  # fmt: skip
 
 
@@ -185,7 +200,7 @@ def report(plan: Plan, machine: Machine, path: Path) -> Report:
         cluster_line(machine.cluster, machine.num_gpus, machine.engine.name),
         layout_line(plan),
         *sequence_parts(plan.sequences),
-        f"runtime  cannot execute: {NOT_EXECUTED}",
+        f"runtime  {'; '.join(plan.executable_reasons) or 'runs it: python -m planner.runtime train'}",
         f"wrote    {path}  next: planner explain {path}",
     )
     return Report(parts=parts, data={"schema": "planner.search/1", **plan_data(plan), "plan_path": str(path)})

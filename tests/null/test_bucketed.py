@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +14,17 @@ import pytest
 from planner.bucketed import LengthOptions, LengthResult, NothingHolds, search_lengths, shapes_of
 from planner.build import Job
 from planner.check import check_plan, problems
-from planner.commands.sequences import NOT_EXECUTED, lengths_of, plan_lengths, sequence_parts
+from planner.cli import entry
+from planner.commands.sequences import lengths_of, plan_lengths, sequence_parts
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.presets import load_cluster
 from planner.distributions import named
-from planner.errors import InfeasibleError, UserError
+from planner.errors import InfeasibleError, PlanFileError, UserError
+from planner.menus import dispatching_of, drift
 from planner.placing import bound_s, table_of
-from planner.plan import decode_plan, encode_plan
+from planner.plan import Plan, decode_plan, encode_plan
 from planner.reports.shapes import Shape, build_graph
 from planner.space import Limits
 
@@ -99,7 +103,7 @@ def test_the_plan_passes_the_checker_and_its_file_keeps_the_buckets() -> None:
     assert lengths is not None and args.seq_len == LONGEST
     plan = plan_lengths(args, job(), lengths, Limits(fixed={"tp": 1, "pp": 1}))
     assert plan.sequences is not None and not problems(check_plan(plan))
-    assert not plan.executable and plan.executable_reasons[0] == NOT_EXECUTED
+    assert plan.executable and not plan.executable_reasons
     assert decode_plan(encode_plan(plan), "x").sequences == plan.sequences
     text = " ".join(part for part in sequence_parts(plan.sequences) if isinstance(part, str))
     assert "best static plan" in text and "lower bound" in text and "rounding lengths" in text
@@ -107,7 +111,7 @@ def test_the_plan_passes_the_checker_and_its_file_keeps_the_buckets() -> None:
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"seq_dist": None}, "go with --seq-dist"),
-    ({"executable_only": True}, "neither --executable-only"),
+    ({"objective": "gpus"}, "does not go with --objective"),
     ({"seq_len": 2048}, "--max-seq-len instead of --seq-len"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(changes: dict[str, object], said: str) -> None:
@@ -121,3 +125,59 @@ def test_what_the_command_refuses() -> None:
     long = replace(WIKIPEDIA, tokens_N=np.array([2**26]), share_N=np.array([1.0]))
     with pytest.raises(InfeasibleError, match="the longest that does is .*--max-seq-len"):
         plan_lengths(arguments(), job(), long, Limits())
+
+
+@pytest.fixture(scope="module")
+def bucket_plan() -> Plan:
+    args = arguments()
+    return plan_lengths(args, job(), lengths_of(args), Limits(fixed={"tp": 1}))
+
+
+def test_plans_with_pipelines_are_not_executable_and_executable_only_finds_others() -> None:
+    args = arguments()
+    lengths = lengths_of(args)
+    piped = plan_lengths(args, job(), lengths, Limits(fixed={"tp": 1, "pp": 2}))
+    assert not piped.executable and "groups with pp" in piped.executable_reasons[0]
+    assert plan_lengths(arguments(executable_only=True), job(), lengths, Limits(fixed={"tp": 1})).executable
+
+
+def test_the_menu_of_the_file_is_the_searchs(bucket_plan: Plan) -> None:
+    found = dispatching_of(decode_plan(encode_plan(bucket_plan), "x"))
+    kinds = bucket_plan.sequences.kinds
+    assert len(found.menu.groups) == len(kinds) and found.static_kind is not None
+    room = {(k.ulysses, k.ring, k.recompute, k.offload_activations): k.capacity_tokens for k in kinds}
+    for group in found.menu.groups:
+        s = group.strategy
+        wanted = room[group.ulysses, group.ring, s.recompute, s.offload_activations]
+        assert group.capacity_tokens == pytest.approx(wanted, rel=0.02)
+    half = dispatching_of(bucket_plan, bucket_plan.inputs.num_gpus // 2)
+    assert half.menu.num_ranks == found.menu.num_ranks // 2
+    with pytest.raises(PlanFileError, match="--seq-dist"):
+        dispatching_of(replace(bucket_plan, sequences=None))
+
+
+def test_drift_is_said_and_a_sample_is_none(bucket_plan: Plan) -> None:
+    planned, lengths = bucket_plan.sequences, WIKIPEDIA.cut(LONGEST)
+    assert all(drift(planned, lengths.sample(4096, seed)) is None for seed in range(20))
+    assert "drift" in str(drift(planned, lengths.sample(4096, 1) * 2))
+    assert drift(planned, np.array([], np.int64)) is None
+
+
+def test_the_verb_prints_groups_and_bound(
+    bucket_plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, lengths = tmp_path / "plan.json", tmp_path / "lengths.txt"
+    plan.write_bytes(encode_plan(bucket_plan))
+    batch = WIKIPEDIA.cut(LONGEST).sample(40, 3)
+    lengths.write_text("\n".join(map(str, batch)))
+    assert entry(["dispatch", str(plan), str(lengths), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    held = sorted(i for step in found["steps"] for g in step for part in g["micro_batches"] for i in part)
+    assert held == list(range(40)) and found["lower_bound_s"] <= found["step_s"]
+    assert entry(["dispatch", str(plan), str(lengths)]) == 0
+    assert "lower bound" in capsys.readouterr().out
+    for text, code, said in (("5\n0\n", 2, "sequence 1 has 0 tok"), ("", 2, "empty"), (f"{2**34}", 3, "the longest")):
+        lengths.write_text(text)
+        assert entry(["dispatch", str(plan), str(lengths)]) == code
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1

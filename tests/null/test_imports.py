@@ -20,7 +20,8 @@ ALLOWED = {
     "profiler": ("planner.profiler", "planner.costmodel"),
     "planner": ("planner.",),
     "runtime": ("planner.runtime", "planner.costmodel", "planner.kernels", "planner.plan", "planner.errors",
-                "planner.files", "planner.check", "planner.profiler.load", "planner.profiler.hf"),
+                "planner.files", "planner.check", "planner.profiler.load", "planner.profiler.hf",
+                "planner.dispatch", "planner.ahead", "planner.menus"),
     "reports": ("planner",),
 }  # fmt: skip
 # planner/ imports costmodel only; its command line alone reaches for the others, inside functions.
@@ -102,7 +103,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("verb", ["search", "estimate", "explain", "diff", "check", "cluster", "env"])
+@pytest.mark.parametrize("verb", ["search", "estimate", "explain", "diff", "check", "dispatch", "cluster", "env"])
 def test_verbs_import_no_torch_pandas_or_solver(verb: str) -> None:
     heavy = HEAVY - {"numpy", "msgspec", "rich"}
     show = f"print({heavy!r} & set(sys.modules))"
