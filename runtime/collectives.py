@@ -6,6 +6,8 @@ Megatron-LM, section 3: the conjugate operators f and g). On meta tensors only s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,24 @@ import torch.distributed._functional_collectives as fc
 # Named *_single from torch 2.13 on.
 _gather_single = getattr(fc, "all_gather_single", None) or fc.all_gather_tensor
 _scatter_single = getattr(fc, "reduce_scatter_single", None) or fc.reduce_scatter_tensor
+
+
+_parts = [False]
+
+
+@contextmanager
+def parts() -> Iterator[None]:
+    """Inside, products are partial results whose sum over ranks is taken at once, and nothing else of them."""
+    before, _parts[0] = _parts[0], True
+    try:
+        yield
+    finally:
+        _parts[0] = before
+
+
+def makes_parts() -> bool:
+    """Whether inside of `parts`."""
+    return _parts[0]
 
 
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

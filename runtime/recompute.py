@@ -7,34 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from planner.costmodel.strategy import LayerStrategy
+from planner.runtime.selective import contexts
 
 Body = Callable[[list[Any]], Any]
-_KEPT = (
-    "ring_attention",
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "matmul",
-    "linear",
-    "convolution",
-    "scaled_dot_product",
-    "einsum",
-)
-_COLLECTIVES = ("_c10d_functional",)
 TO_HOST = "planner: to host"  # name of the profiler's range around copies, by which memory is told apart on a CPU
 _SMALL_BYTES = 1024  # below this a copy costs more than the memory is worth
-
-
-def _policy(_ctx: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep products, attention and communication; redo norms and elementwise ops (engine.selective_recompute)."""
-    name = op.name() if hasattr(op, "name") else str(op)
-    space, _, base = name.partition("::")
-    kept = space in _COLLECTIVES or any(base.lstrip("_").startswith(k) for k in _KEPT)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def strategy_body(body: Body, strategy: LayerStrategy) -> Body:
@@ -42,12 +22,11 @@ def strategy_body(body: Body, strategy: LayerStrategy) -> Body:
     if strategy.recompute == "full":
         return partial(_full, body, strategy.offload_activations)
     if strategy.recompute == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
-        return partial(_selective, body, contexts)
+        return partial(_selective, body)
     return partial(_offloaded, body) if strategy.offload_activations else body
 
 
-def _selective(body: Body, contexts: Any, values: list[Any]) -> Any:
+def _selective(body: Body, values: list[Any]) -> Any:
     return checkpoint(body, values, use_reentrant=False, context_fn=contexts)
 
 

@@ -80,7 +80,9 @@ def _product(ctx: Context, x: torch.Tensor, weight: torch.Tensor, bias: Any, out
             raise Unshardable("row-parallel linear of an input that is not sharded", splits)
         left = tuple(s for s in splits if s is not inner)
         ctx.column = None
-        out = scatter_residual(wrap(multiply(x.local, None), left, ctx), ctx, reduce=True)  # type: ignore[attr-defined]
+        with c.parts():
+            part = multiply(x.local, None)  # type: ignore[attr-defined]
+        out = scatter_residual(wrap(part, left, ctx), ctx, reduce=True)
         if bias is None:
             return out
         return wrap(_local(out) + local_operand(bias, ctx, out.dim(), _splits(out)), _splits(out), ctx)
