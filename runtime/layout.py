@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from planner.runtime.optimizer import Owned
@@ -29,12 +29,13 @@ class Box:
         return tuple(slice(o, o + n) for o, n in zip(self.local, self.sizes, strict=True))
 
 
-def _rows(param: torch.Tensor) -> tuple[int, int]:
-    """First row and number of rows of the TP-local tensor that ZeRO leaves on this rank."""
+def _rows(param: torch.Tensor) -> tuple[int, int, int]:
+    """Dim along which ZeRO shards the TP-local tensor; the first row of it on this rank, and how many."""
     if isinstance(param, DTensor):
         shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        return int(offset[0]), int(shape[0])
-    return 0, param.shape[0]
+        dim = next((s.dim for s in param.placements if isinstance(s, Shard)), 0)
+        return dim, int(offset[dim]), int(shape[dim])
+    return 0, 0, param.shape[0]
 
 
 def boxes(p: Parallel, item: Owned) -> list[Box]:
@@ -43,8 +44,12 @@ def boxes(p: Parallel, item: Owned) -> list[Box]:
     whole = p.full_shapes[item.name]
     if not whole:
         return [Box((), (), ())]
-    first, count = _rows(param)
+    dim, first, count = _rows(param)
     shape = list(param.shape)  # of the TP-local tensor
+    if dim:  # stacked experts, which TP leaves whole
+        offsets, sizes = [0] * len(shape), list(shape)
+        offsets[0], offsets[dim], sizes[dim] = p.expert_offset(item), first, count
+        return [Box(tuple(offsets), (0,) * len(shape), tuple(sizes))]
     pieces = [(0, shape[cut.dim], 0)]  # (local start, length, whole start) along the cut dim
     if cut.kind:
         size, step = shape[cut.dim] // cut.outer, whole[cut.dim] // cut.outer

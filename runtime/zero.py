@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from planner.costmodel.strategy import PlanSpec
 
@@ -26,9 +27,11 @@ def shard(
     policy = MixedPrecisionPolicy()
     if precision is not None:
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ranks = mesh["shard"].size()
     fully_shard(
         module,
         mesh=mesh if mesh.size(0) > 1 else mesh["shard"],
+        shard_placement_fn=lambda param: _placement(param, ranks),
         reshard_after_forward=spec.zero_stage == 3,
         mp_policy=policy,
         ignored_params=ignored,
@@ -38,6 +41,12 @@ def shard(
         module.set_reduce_scatter_unused_params(True)
     module.set_force_sum_reduction_for_comms(True)
     module.set_gradient_divide_factor(1.0)  # the loss is already per token of the whole batch: sum, not mean
+
+
+def _placement(param: nn.Parameter, ranks: int) -> Shard:
+    """Rows, but of stacked experts too few for `ranks` a dim that divides: rows would leave most ranks without any."""
+    dims = range(param.dim()) if param.dim() > 2 else ()
+    return Shard(next((d for d in dims if param.shape[d] % ranks == 0), 0))
 
 
 def before_backward(model: nn.Module, spec: PlanSpec, last: bool) -> None:
