@@ -144,7 +144,7 @@ def _dry_pass(p: Parallel) -> None:
     p.ctx.packed = pack([p.ctx.seq_len], (1, 1), 0, (None, None), 1, torch.device("cpu")) if p.packs else None
     try:
         with _unpacked(), unset_fake_temporarily():  # meta tensors are enough, and faster than a dry run's fake ones
-            cutting.settle(p.cuts, run, p.ctx)
+            cutting.settle(p.cuts, cutting.alike(p.cuts, p.graph), run, p.ctx)
     finally:
         p.ctx.packed = None
         for (owner, name), param in before.items():

@@ -80,17 +80,32 @@ def local_part(value: torch.Tensor, cut: Cut, ctx: Context) -> torch.Tensor:
         return take(value.detach(), cut.dim, split, ctx)
 
 
-def settle(cuts: dict[str, Cut], dry_run: Callable[[], None], ctx: Context) -> None:
-    """Correct `cuts` in place until `dry_run` meets no contradiction. RuntimePlanError if none is left to try."""
+def alike(cuts: dict[str, Cut], graph: ModelGraph) -> dict[str, list[Cut]]:
+    """The cuts of a parameter and of its twins in layers of the same class, by name."""
+    twins: dict[tuple[int, str], list[Cut]] = {}
+    for i, (path, layer) in enumerate(zip(layer_paths(graph), graph.layer_classes, strict=True)):
+        for short in (name for group in graph.classes[layer].params for name in group.names):
+            full = f"{path}.{short}" if path else short
+            inside = full in cuts
+            twins.setdefault((layer if inside else -1 - i, short), []).append(cuts[full if inside else short])
+    return {cut.name: found for found in twins.values() for cut in found}
+
+
+def settle(cuts: dict[str, Cut], twins: dict[str, list[Cut]], dry_run: Callable[[], None], ctx: Context) -> None:
+    """Correct `cuts` in place until `dry_run` meets no contradiction. RuntimePlanError if none is left to try.
+
+    `twins`: what else changes with a parameter, so that equal layers take one try instead of one each.
+    """
     ctx.strict = True
     for _ in range(_MOST_TRIES):
         try:
             dry_run()
             return
         except Recut as change:
-            _recut(cuts[change.origin], change)
+            for cut in twins.get(change.origin, [cuts[change.origin]]):
+                _recut(cut, change)
         except Unshardable as error:
-            if not _next_candidate(cuts, error):
+            if not _next_candidate(cuts, twins, error):
                 if not ctx.strict:
                     raise RuntimePlanError(f"the model cannot be run as the plan cuts it: {error}") from None
                 ctx.strict = False
@@ -108,13 +123,13 @@ def _recut(cut: Cut, change: Recut) -> None:
         raise RuntimePlanError(f"parameter {cut.name} cannot be cut as the plan says: plan with --forbid tp")
 
 
-def _next_candidate(cuts: dict[str, Cut], error: Unshardable) -> bool:
+def _next_candidate(cuts: dict[str, Cut], twins: dict[str, list[Cut]], error: Unshardable) -> bool:
     """Move the first parameter that the error blames, and that is no plain linear weight, to another dim."""
     for origin in error.origins:
-        cut = cuts[origin]
-        if cut.kind == "column" and cut.candidates:
-            cut.dim = cut.candidates.pop(0)
-            cut.outer = 1
+        if cuts[origin].kind == "column" and cuts[origin].candidates:
+            for cut in twins.get(origin, [cuts[origin]]):
+                cut.dim = cut.candidates.pop(0)
+                cut.outer = 1
             return True
     return False
 
