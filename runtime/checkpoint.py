@@ -76,7 +76,7 @@ class Boxed(torch.Tensor):
         return self.tensor[part.of_local()]
 
 
-def _moments(p: Parallel, item: Owned) -> dict[str, Any]:
+def moments_of(p: Parallel, item: Owned) -> dict[str, Any]:
     """The optimizer's state of a parameter, made if no step has run yet."""
     assert p.optimizer is not None
     master = p.optimizer.masters[item.name]
@@ -93,7 +93,7 @@ def _entries(p: Parallel, copy: bool) -> dict[str, Boxed]:
     found: dict[str, Boxed] = {}
     for item in p.owned:
         parts = boxes(p, item)
-        state = _moments(p, item)
+        state = moments_of(p, item)
         tensors = {"model": p.optimizer.masters[item.name].detach(), **{n: state[n] for n in _MOMENTS}}
         for kind, tensor in tensors.items():
             value = tensor.detach().to("cpu", copy=True) if copy else tensor
@@ -168,7 +168,7 @@ class Checkpoints:
             raise CheckpointError(f"{path}: cannot be read: {_cause(error)}: take an older checkpoint") from None
         assert p.optimizer is not None
         for item in p.owned:
-            _moments(p, item)["step"].fill_(float(facts["optimizer_steps"]))
+            moments_of(p, item)["step"].fill_(float(facts["optimizer_steps"]))
         p.optimizer.publish()
         return facts
 

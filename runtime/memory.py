@@ -1,23 +1,24 @@
 """Bytes of tensors on this rank: what it holds between steps, and what a step holds at most.
 
-Counted by torch's own allocator, never by the size of the process, which has the interpreter and libraries in
-it. On a CPU, where device and host memory are one, tensors that the plan moves to the host (optimizer states,
-activations in `to_host`) count as host bytes.
+Never the size of the process, which has the interpreter and libraries in it. On a GPU torch's allocator knows; on
+a CPU every operation of the step is watched, and what lives is counted by weak references, because the threads of
+collectives free tensors too. There device and host memory are one: what the plan moves to the host (optimizer
+states, activations) counts as host bytes. Memory inside of one operation is not seen.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from planner.runtime import recompute
 from planner.runtime.parallel import Parallel
-from planner.runtime.recompute import TO_HOST
 from planner.runtime.zero import local
 
 T = TypeVar("T")
@@ -31,61 +32,94 @@ class TensorBytes:
     host_bytes: int
 
 
-def held(p: Parallel) -> TensorBytes:
-    """Parameters, buffers and optimizer states of this rank, each storage once."""
+def _held(p: Parallel) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters, buffers and optimizer states of this rank: (on the device, on the host)."""
     assert p.optimizer is not None
     states = [x for s in p.optimizer.inner.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
     states += p.optimizer.masters.values()
-    on_device = [*(local(x) for x in p.model.parameters()), *p.model.buffers()]
-    if not p.optimizer.offload:
-        on_device, states = [*on_device, *states], []
-    return TensorBytes(device_bytes=_storages(on_device), host_bytes=_storages(states))
+    on_device = [*p.model.parameters(), *p.model.buffers()]
+    return (on_device, states) if p.optimizer.offload else ([*on_device, *states], [])
 
 
-def _storages(tensors: Iterable[torch.Tensor]) -> int:
-    found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(found.values())
+def held(p: Parallel) -> TensorBytes:
+    """Parameters, buffers and optimizer states of this rank, each storage once."""
+    device, host = ({s._cdata: s.nbytes() for s in (local(x).untyped_storage() for x in xs)} for xs in _held(p))
+    return TensorBytes(device_bytes=sum(device.values()), host_bytes=sum(host.values()))
 
 
 def peak_of(p: Parallel, step: Callable[[], T]) -> tuple[T, TensorBytes]:
     """Run `step`, a whole optimizer step of `p` that is not its first; its result and the most bytes it held."""
-    before = held(p)
     if p.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(p.device)
         result = step()
         peak = torch.cuda.max_memory_allocated(p.device)
-        return result, TensorBytes(device_bytes=peak, host_bytes=before.host_bytes)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints start and stop otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = step()
-    device, host = _peaks(recorded)
-    return result, TensorBytes(device_bytes=before.device_bytes + device, host_bytes=before.host_bytes + host)
+        return result, TensorBytes(device_bytes=peak, host_bytes=held(p).host_bytes)
+    on_device, on_host = _held(p)
+    watch = _Watch()
+    watch.host.see(on_host)
+    watch.device.see(on_device)
+    recompute.watched = watch.copy
+    try:
+        with watch:
+            result = step()
+    finally:
+        recompute.watched = None
+    return result, TensorBytes(device_bytes=watch.device.most_bytes, host_bytes=watch.host.most_bytes)
 
 
-def _peaks(recorded: profile) -> tuple[int, int]:
-    """Largest sums of what was allocated and not yet freed, outside and inside of `to_host`."""
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    changes = sorted(_allocations(recorded.profiler.kineto_results.experimental_event_tree(), False))
-    on_host: set[int] = set()
-    live, most = [0, 0], [0, 0]
-    for _, pointer, num_bytes, inside in changes:
-        if num_bytes > 0 and inside:
-            on_host.add(pointer)
-        side = int(pointer in on_host)
-        if num_bytes < 0:
-            on_host.discard(pointer)
-        live[side] += num_bytes
-        most[side] = max(most[side], live[side])
-    return most[0], most[1]
+@dataclass(slots=True)
+class _Side:
+    """Storages in one memory, by address; weak references keep an address from being used again."""
+
+    live: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
+    num_bytes: int = 0  # of `live`, with some that may have gone
+    most_bytes: int = 0
+
+    def see(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count what is new or has grown; only a new maximum is worth looking for what has gone."""
+        for x in tensors:
+            storage = local(x).untyped_storage()
+            known = self.live.get(storage._cdata)
+            size = storage.nbytes()
+            if known is None or known[1] != size:
+                self.live[storage._cdata] = (known[0] if known else StorageWeakRef(storage), size)
+                self.num_bytes += size - (known[1] if known else 0)
+        if self.num_bytes > self.most_bytes:
+            self._sweep()
+            self.most_bytes = max(self.most_bytes, self.num_bytes)
+
+    def holds(self, x: torch.Tensor) -> bool:
+        """Whether the storage of `x` is counted here."""
+        return local(x).untyped_storage()._cdata in self.live
+
+    def _sweep(self) -> None:
+        found = {}
+        for address, (reference, _) in self.live.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # type: ignore[attr-defined]
+            if storage is not None:
+                found[address] = (reference, storage.nbytes())  # FSDP shrinks storages to nothing
+        self.live, self.num_bytes = found, sum(size for _, size in found.values())
 
 
-def _allocations(events: Iterable[object], inside: bool) -> Iterator[tuple[int, int, int, bool]]:
-    """(time, pointer, bytes: negative when freed, inside of `to_host`) of every change of memory."""
-    stack = [(event, inside) for event in events]
-    while stack:
-        event, within = stack.pop()
-        if event.typed[0] == _EventType.Allocation:  # type: ignore[attr-defined]
-            fields = event.extra_fields  # type: ignore[attr-defined]
-            yield event.start_time_ns, fields.ptr, fields.alloc_size, within  # type: ignore[attr-defined]
-        within = within or event.name == TO_HOST  # type: ignore[attr-defined]
-        stack += [(child, within) for child in event.children]  # type: ignore[attr-defined]
+class _Watch(TorchDispatchMode):
+    """Sees the tensors of every operation after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device, self.host = _Side(), _Side()
+        self.side = self.device
+
+    def copy(self, x: torch.Tensor, to_host: bool) -> torch.Tensor:
+        """A copy on the host, or back on the device."""
+        self.side = self.host if to_host else self.device
+        try:
+            return x.clone()
+        finally:
+            self.side = self.device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        other = self.host if self.side is self.device else self.device
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor) and not x.is_meta]
+        self.side.see(x for x in tensors if not other.holds(x))
+        return out

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from planner.costmodel.strategy import LayerStrategy
 from planner.runtime.selective import contexts
 
 Body = Callable[[list[Any]], Any]
-TO_HOST = "planner: to host"  # name of the profiler's range around copies, by which memory is told apart on a CPU
+watched: Callable[[torch.Tensor, bool], torch.Tensor] | None = None  # copies to (True) and from the host, if watched
 _SMALL_BYTES = 1024  # below this a copy costs more than the memory is worth
 
 
@@ -64,28 +65,39 @@ def _floating(value: Any) -> bool:
 def _to_host(x: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, pinned where there is a device. The copy runs on the current stream."""
     if x.device.type == "cpu":
-        with torch.profiler.record_function(TO_HOST):
-            return x.detach().clone()
+        return x.detach().clone() if watched is None else watched(x.detach(), True)
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x.detach(), non_blocking=True)
 
 
 def _from_host(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    if watched is not None:
+        return watched(x, False)
     return x.to(device, non_blocking=True) if device is not None else x
 
 
 def _offloaded(body: Body, values: list[Any]) -> Any:
-    """Run `body` with everything that autograd saves, parameters aside, moved to the host."""
+    """Run `body` with everything that autograd saves, parameters aside, moved to the host.
+
+    What several operators save is moved once; autograd sees to it that nobody writes to it in between.
+    """
+    moved: dict[Any, tuple[StorageWeakRef, torch.Tensor]] = {}  # the reference keeps the address from being used again
 
     def pack(x: torch.Tensor) -> Any:
         base = x._base if x._base is not None else x
         small = x.numel() * x.element_size() < _SMALL_BYTES
         if isinstance(base, torch.nn.Parameter) or not x.is_floating_point() or small or x.is_meta:
             return x
-        return (_to_host(x), x.device)
+        storage = x.untyped_storage()
+        key = storage._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype
+        if key not in moved:
+            moved[key] = StorageWeakRef(storage), _to_host(x)
+        return moved[key][1], x.device
 
     def unpack(packed: Any) -> torch.Tensor:
         return _from_host(*packed) if isinstance(packed, tuple) else packed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return body(values)
+        out = body(values)
+    moved.clear()
+    return out
