@@ -203,8 +203,12 @@ def memory_bound_s(device: DeviceSpec, num_bytes: ArrayLike, num_kernels: ArrayL
 def optimizer_s(device: DeviceSpec, num_params: ArrayLike, bytes_per_param: ArrayLike) -> Array:
     """Seconds of a fused optimizer step over `num_params`; Adam in mixed precision moves 28-32 bytes each.
 
-    fp32 master, two moments read and written (24), gradient read (2-4), low-precision weight written (2).
+    fp32 master, two moments read and written (24), gradient read (2-4), low-precision weight written (2). A measured
+    step includes the norm of its gradients.
     """
+    table = device.measured.get("optimizer")
+    if table is not None:
+        return np.where(_f(num_params) > 0, along(table, num_params), 0.0)
     return memory_bound_s(device, _f(num_params) * _f(bytes_per_param), 1)
 
 

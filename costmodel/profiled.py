@@ -134,6 +134,17 @@ def hidden_frac(samples: Iterable[Sample]) -> float | None:
     return float(np.clip(np.median(found), 0.0, 1.0)) if found else None
 
 
+def pair_frac(samples: Iterable[Sample]) -> float | None:
+    """Median time of two equal collectives at once over that of one after the other; None if not measured."""
+    times = {s.what: s.time_s for s in samples}
+    found = [
+        both_s / (2 * times["collective", name, dtype, sizes])
+        for (kind, name, dtype, sizes), both_s in times.items()
+        if kind == "collective_pair" and ("collective", name, dtype, sizes) in times
+    ]
+    return float(np.median(found)) if found else None
+
+
 # ---- device
 
 

@@ -265,7 +265,7 @@ def _linear(
         dp_shard=(ranks if sharded else 1) * one, zero=shape.zero_stage * one,
         offload_optimizer=float(shape.offload_optimizer) * one,
     )  # fmt: skip
-    rates = build_rates(graph, price_model(lean, keys, machine), layout, shape.pp * one, one, machine)
+    rates = build_rates(graph, price_model(lean, keys, machine), layout, shape.pp * one, one, one, machine)
     return _stages(graph, rates, shape.pp), rates
 
 

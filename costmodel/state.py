@@ -60,11 +60,27 @@ def state_bytes(dense: Array, routed: Array, frozen: Array, layout: StateLayout,
     engine = machine.engine
     total = frozen * engine.weight_bytes
     for params, shard in ((dense, layout.shard), (routed, layout.routed_shard)):
-        weights = engine.weight_bytes / np.where(layout.zero >= 3, shard, 1.0)
+        weights = _weight_bytes(shard, layout, machine)
         grads = engine.grad_bytes / np.where(layout.zero >= 2, shard, 1.0)
         states = engine.optimizer_bytes / np.where(layout.zero >= 1, shard, 1.0)
         total = total + params * (weights + grads + np.where(layout.offload_optimizer > 0, 0.0, states))
     return total
+
+
+def _weight_bytes(shard: Array, layout: StateLayout, machine: Machine) -> Array:
+    """Bytes of weights per parameter beside the optimizer's states.
+
+    FSDP2 keeps what the optimizer steps on, sharded from ZeRO-1 on, and until ZeRO-3 whole copies of it for the step.
+    What it steps on is counted with the optimizer, in float32 here. One rank alone has its weights once.
+    """
+    engine = machine.engine
+    if not engine.gathers_copies:
+        return np.asarray(engine.weight_bytes / np.where(layout.zero >= 3, shard, 1.0), np.float64)
+    copies = np.where(layout.zero >= 3, 0.0, engine.weight_bytes)
+    if machine.dtype != "float32":
+        return copies
+    stepped_on = engine.weight_bytes / np.where(layout.zero >= 1, shard, 1.0)
+    return np.where(layout.data_ranks > 1, copies + stepped_on, engine.weight_bytes)
 
 
 def host_state_bytes(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
@@ -168,6 +184,7 @@ def step_sync(
 
     Reduction hides behind one micro-batch's backward, the gather of ZeRO-1/2 behind one forward. An offloaded
     optimizer moves gradients down and weights up and steps on the CPU (Ren et al. 2021, ZeRO-Offload, section 4).
+    Where the device is a CPU it is its own host: gradients stay where they are.
     """
     engine, device = machine.engine, machine.cluster.device
     reduce = replicate_s(dense, routed, layout, machine)
@@ -179,11 +196,14 @@ def step_sync(
     offload = layout.offload_optimizer > 0
     # Adam reads weights, gradients and states and writes weights and states.
     adam_bytes = 2 * engine.optimizer_bytes + engine.grad_bytes + engine.weight_bytes
-    copies = compute.host_copy_s(device, per_rank * engine.grad_bytes)
-    copies = copies + compute.host_copy_s(device, per_rank * engine.weight_bytes)
+    update = compute.optimizer_s(device, per_rank, adam_bytes)
+    host = update if device.name == "cpu" else per_rank / engine.host_adam_params_per_s
+    host = host + compute.host_copy_s(device, per_rank * engine.weight_bytes)
+    if device.name != "cpu":
+        host = host + compute.host_copy_s(device, per_rank * engine.grad_bytes)
     return StepSync(
         reduce_s=exposed(reduce, backward_s, engine.overlap_grad_reduce),
         gather_s=exposed(gather, forward_s, engine.overlap_param_gather),
-        optimizer_s=np.where(offload, 0.0, compute.optimizer_s(device, per_rank, adam_bytes)),
-        host_s=np.where(offload, copies + per_rank / engine.host_adam_params_per_s, 0.0),
+        optimizer_s=np.where(offload, 0.0, update),
+        host_s=np.where(offload, host, 0.0),
     )

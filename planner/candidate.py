@@ -53,7 +53,8 @@ def candidate_rates(
     at = candidates.cell
     layout = state_layout(cells, candidates)
     pp, vpp = cells.pp[at].astype(float), cells.vpp[at].astype(float)
-    rates = build_rates(graph, prices.take(key[at]), layout, pp, np.ones_like(vpp) if one_chunk else vpp, machine)
+    m = cells.num_microbatches[at].astype(float)
+    rates = build_rates(graph, prices.take(key[at]), layout, pp, np.ones_like(vpp) if one_chunk else vpp, m, machine)
     used = uses(cells, at, candidates.layout)
     if one_chunk:  # stands for all schedules of its group: none of them excludes anything
         used = {name: on for name, on in used.items() if name not in {kind.value for kind in SCHEDULES}}

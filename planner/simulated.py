@@ -52,7 +52,8 @@ def simulate_plan(graph: ModelGraph, machine: Machine, spec: PlanSpec) -> Simula
     """Simulate one step of `spec`: the pipeline by events, then the slowest rank's once-per-step work."""
     one = np.array([1.0])
     prices = price_model(model_facts(graph, machine.engine), spec_keys(spec), machine)
-    rates = build_rates(graph, prices, spec_layout(spec), spec.pp * one, spec.vpp * one, machine)
+    pipeline = (spec.pp * one, spec.vpp * one, spec.num_microbatches * one)
+    rates = build_rates(graph, prices, spec_layout(spec), *pipeline, machine)
     chunks = [_chunk(graph, spec, stage, rates) for stage in range(len(spec.stage_layers))]
     shape = (spec.pp, spec.vpp)
     static, host_static = np.full(spec.pp, float(rates.fixed_bytes_K[0])), np.zeros(spec.pp)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -292,7 +293,10 @@ def _follow(
 def ranks_of(
     command: list[str], ranks: int, threads: int, platform: str, folder: Path
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """One process a rank of `python -m command`, stderr in `folder`; all are gone at the end, whatever happened."""
+    """One process a rank of `python -m command`, stderr in `folder`; all are gone at the end, whatever happened.
+
+    SIGTERM to this process counts as Ctrl-C meanwhile.
+    """
     base = child_environment()
     if platform == "cuda":
         for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
@@ -300,6 +304,8 @@ def ranks_of(
             base.update({name: os.environ[name]} if name in os.environ else {})
     base["OMP_NUM_THREADS"] = str(threads)
     started: list[subprocess.Popen[bytes]] = []
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
         for rank in range(ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -316,6 +322,8 @@ def ranks_of(
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
 
 def death(codes: list[int | None], folder: Path, doing: str) -> str:

@@ -22,6 +22,7 @@ from planner.plan import Plan
 from planner.runtime.apply import parallelize_plan
 from planner.runtime.data import Batches
 from planner.runtime.errors import RuntimePlanError
+from planner.runtime.memory import peak_of
 from planner.runtime.model_source import load_source
 from planner.runtime.parallel import Parallel
 
@@ -97,23 +98,13 @@ def _times(plan: Plan, spec: dict[str, Any], device: torch.device) -> dict[str, 
 
 
 def _memory(plan: Plan, model: str) -> dict[str, Any]:
-    """Peak bytes of tensors on every rank in a steady step, as torch's CPU allocator counts them from the start."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds, profile_memory=True) as recorded:
-        parallel, batches = _apply(plan, model, torch.device("cpu"))
-        _step(parallel, batches, 0)
-        gc.collect()
-        with torch.profiler.record_function("steady step"):
-            _step(parallel, batches, 1)
-    events = sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    begin = next(e.start_ns() for e in events if e.name() == "steady step")
-    held, peak = 0, 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held) if event.start_ns() >= begin else held
+    """Peak bytes of tensors on every rank in a steady step, as torch's CPU allocator counts them."""
+    parallel, batches = _apply(plan, model, torch.device("cpu"))
+    _step(parallel, batches, 0)
+    gc.collect()
+    _, peak = peak_of(parallel, lambda: _step(parallel, batches, 1))
     peaks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(peaks, peak)
+    dist.all_gather_object(peaks, peak.device_bytes)
     return {"peak_bytes": peaks}
 
 

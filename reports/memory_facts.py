@@ -57,7 +57,8 @@ def _fact(row: dict[str, str]) -> Fact:
     engine = dataclasses.replace(get_engine("megatron-2022"), fragmentation_frac=0.0)
     machine = machine_for(graph, load_cluster("a100-80gb"), engine, spec.num_gpus)
     prices = price_model(model_facts(graph, engine), spec_keys(spec), machine)
-    rates = build_rates(graph, prices, spec_layout(spec), *(_one(v) for v in (spec.pp, spec.vpp)), machine)
+    pipeline = (_one(spec.pp), _one(spec.vpp), _one(10 * spec.pp))
+    rates = build_rates(graph, prices, spec_layout(spec), *pipeline, machine)
     layers = len(spec.rank_layers(0))
     if row["quantity"] == "states":
         predicted = layers * float(rates.state_bytes_CK[0, 0])

@@ -24,7 +24,7 @@ from planner.costmodel.profile import (
     profile_sha256,
 )
 from planner.costmodel.profile_diff import Change, compare, differences, doubts
-from planner.costmodel.profiled import describes
+from planner.costmodel.profiled import describes, hidden_frac, pair_frac
 from planner.errors import OK, STALE, USAGE, UserError
 from planner.files import check_writable, read_profile, write_atomic
 from planner.provenance import tool_version
@@ -55,13 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(parser))
     for name, what in MEASURES.items():
         one = actions.add_parser(name, help=what, allow_abbrev=False)
-        one.add_argument("model", nargs="?", default="", help="model.py[:function] or config.json: its shapes count")
-        one.add_argument("--seq-len", type=arguments.whole, metavar="N", help="tokens a sequence")
-        one.add_argument("--trace-limit", type=arguments.positive, default=120.0, help=argparse.SUPPRESS)
+        _add_model(one)
         _add_run(one, 120.0)
         arguments.add_output(one, "the profile (default: profile.json)")
     check = actions.add_parser("check", help="measure a few samples again: does it still hold?", allow_abbrev=False)
     check.add_argument("profile", type=Path)
+    _add_model(check)
     _add_run(check, 30.0)
     arguments.add_output(check)
     show = actions.add_parser("show", help="what a profile holds", allow_abbrev=False)
@@ -81,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--collective", default="", metavar="NAME", help="what nccl-tests output is of, if it says not"
     )
     arguments.add_output(foreign, "the profile (default: profile.json)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="", help="model.py[:function] or config.json: its shapes, layers")
+    parser.add_argument("--seq-len", type=arguments.whole, metavar="N", help="tokens a sequence")
+    parser.add_argument("--trace-limit", type=arguments.positive, default=120.0, help=argparse.SUPPRESS)
 
 
 def _add_run(parser: argparse.ArgumentParser, budget_s: float) -> None:
@@ -253,8 +258,24 @@ def _show(args: argparse.Namespace) -> int:
         ),
     ]
     notes = [f"note     {text}" for text in doubts(profile, datetime.date.today().isoformat())]
-    arguments.answer(Report(parts=(*lines, _curve_grid(profile.curves), *notes), data=_data(profile)), args)
+    parts = (*lines, _curve_grid(profile.curves), *_overlaps(profile), *notes)
+    arguments.answer(Report(parts=parts, data=_data(profile)), args)
     return OK
+
+
+def _overlaps(profile: Profile) -> list[str | Grid]:
+    """What runs at once hide, for every number of ranks, and what of it predictions use."""
+    said: list[str | Grid] = []
+    for ranks in sorted({c.ranks for c in profile.conditions}):
+        samples = [s for s in profile.samples if profile.where(s).ranks == ranks]
+        hidden, pair = hidden_frac(samples), pair_frac(samples)
+        if hidden is not None:
+            said.append(f"overlap  {ranks} ranks: {hidden:.0%} of the shorter of a GEMM and a collective is hidden by "
+                        "the longer; caps every overlap of a prediction")  # fmt: skip
+        if pair is not None:
+            said.append(f"pairs    {ranks} ranks: two collectives at once take {pair:.2f} of one after the other; "
+                        "evidence only: predictions run collectives one after the other")  # fmt: skip
+    return said
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -307,7 +328,10 @@ def _check(args: argparse.Namespace) -> int:
         line.clear()
     if not changes:
         raise UserError(f"{args.profile}: nothing of it could be measured again here: {outcome.died or 'other device'}")
-    notes = (*differences(profile, outcome.profile), *doubts(outcome.profile, request.today))
+    notes = [*differences(profile, outcome.profile), *doubts(outcome.profile, request.today)]
+    layers = {s.name for s in profile.samples if s.kind == "layer"} - {s.name for s in outcome.profile.samples}
+    if layers:
+        notes.append(f"{len(layers)} layers were not measured again: give their model.py, or a larger --budget")
     arguments.answer(_changes(changes, tuple(f"note     {text}" for text in notes)), args)
     if any(c.changed for c in changes):
         print(f"planner: {args.profile} no longer describes this machine: profile again", file=sys.stderr)

@@ -9,6 +9,7 @@ from shapes_for_tests import one
 
 from planner.costmodel import comm
 from planner.costmodel.engine import get_engine
+from planner.costmodel.hardware import Table
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import Machine
 from planner.costmodel.state import StateLayout, gather_s, replicate_s, scatter_s, state_bytes, step_sync
@@ -37,6 +38,34 @@ def test_zero_shards_states_then_gradients_then_weights(zero: int, per_param: fl
 def test_offloaded_optimizer_leaves_the_gpu() -> None:
     held = state_bytes(one(1e9), NONE, NONE, layout(offload_optimizer=1), machine())
     assert held == pytest.approx(6e9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero", "ranks", "per_param"),
+    [
+        ("float32", 0, 8, 4 + 4 + 4 + 8), ("float32", 1, 8, 4 + 4 + 12 / 8), ("float32", 2, 8, 4 + 16 / 8),
+        ("float32", 3, 8, 16 / 8), ("float32", 0, 1, 16),
+        ("bfloat16", 1, 8, 2 + 4 + 12 / 8), ("bfloat16", 3, 8, 16 / 8),
+    ],
+)  # fmt: skip
+def test_fsdp2_holds_what_it_steps_on_and_copies_of_it(dtype: str, zero: int, ranks: int, per_param: float) -> None:
+    """Copies for the step until ZeRO-3, gradients, what the optimizer steps on (in its 12 bytes in 16 bits), moments."""
+    states = {"weight_bytes": 4.0, "grad_bytes": 4.0, "optimizer_bytes": 8.0} if dtype == "float32" else {}
+    where = dataclasses.replace(machine(gathers_copies=True, **states), dtype=dtype)
+    held = state_bytes(one(1e9), NONE, NONE, layout(zero=zero, dp_shard=ranks), where)
+    assert held == pytest.approx(per_param * 1e9)
+
+
+def test_a_cpu_is_its_own_host() -> None:
+    """An offloaded step there is the step, as measured, and the copy of the weights; no transfer of gradients."""
+    cluster = load_cluster("cpu-gloo")
+    tables = {"optimizer": Table(axes=("num_params",), dims=((1e6,), (2e6,)), time_s=(0.01, 0.02)),
+              "copy": Table(axes=("num_bytes",), dims=((1e6,), (1e8,)), time_s=(0.001, 0.1))}  # fmt: skip
+    cluster = dataclasses.replace(cluster, device=dataclasses.replace(cluster.device, measured=tables))
+    here = dataclasses.replace(machine(weight_bytes=4.0), cluster=cluster, domains=cluster.domain_sizes(1), num_gpus=1)
+    sync = step_sync(one(2e6), NONE, NONE, NONE, layout(dp_shard=1, offload_optimizer=1), here)
+    assert (sync.optimizer_s, sync.host_s) == (0, pytest.approx(0.02 + 0.008))
+    assert step_sync(one(2e6), NONE, NONE, NONE, layout(dp_shard=1), here).optimizer_s == pytest.approx(0.02)
 
 
 def test_gradients_go_in_buckets_that_each_pay_the_latency() -> None:
