@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.graph import Activation, LayerClass, Op, OpKind, TensorLayout, TpCut
+from planner.costmodel.kernels import fused_loss
 
 RECOMPUTES = ("none", "selective", "full")
+_LOG_PROB_BYTES = 4  # torch's loss keeps float32 log-probabilities
 MEMORY_BOUND = frozenset(
     {
         OpKind.NORM,
@@ -58,7 +60,8 @@ class LayerFacts:
     GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
     `last_gemm`: the last product, if backward needs neither its result nor what follows (a residual addition).
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
-    GEMMs and the embedding put out. `loss_bytes`: log-probabilities kept for backward.
+    GEMMs and the embedding put out. `loss_bytes`: log-probabilities, or with a fused loss logits,
+    kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them.
     """
 
     layer: LayerClass
@@ -76,6 +79,7 @@ class LayerFacts:
     permute_bytes: tuple[float, ...]
     dropped_bytes: float
     loss_bytes: float
+    loss_work_bytes: float
     launches: int
 
 
@@ -204,6 +208,8 @@ def _group_bytes(layer: LayerClass, members: list[int]) -> float:
 
 def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     """Sum up `layer` as `engine` runs it."""
+    fused = fused_loss(layer, engine.kernels)
+    layer = layer if fused is None else fused.layer
     ops = layer.ops
     matmul_kinds = (OpKind.GEMM, OpKind.BMM, OpKind.CONV)
     matmuls = tuple(op for op in ops if op.kind in matmul_kinds and op.gemm is not None)
@@ -219,6 +225,10 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     full = LayoutBytes(outer_bytes=float(layer.input_bytes))
     gathered, rows = _tp_tensors(layer)
     vocab_rows = _vocab_rows(layer)
+    loss = float(sum(a.num_bytes for a in layer.activations if a.saved and _makes_loss(layer, a)))
+    work = loss * (engine.logit_bytes / _LOG_PROB_BYTES - 1)
+    if fused is not None:  # the gradient of the logits stands beside them
+        loss = work = float(fused.logits_bytes)
     return LayerFacts(
         layer=layer,
         matmuls=matmuls,
@@ -239,7 +249,8 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
             )
         ),
         dropped_bytes=vocab_rows + sum(rows) if engine.dropout else 0.0,
-        loss_bytes=float(sum(a.num_bytes for a in layer.activations if a.saved and _makes_loss(layer, a))),
+        loss_bytes=loss,
+        loss_work_bytes=work,
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
         launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
     )

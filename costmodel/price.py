@@ -16,11 +16,9 @@ from planner.costmodel.engine import EngineSpec
 from planner.costmodel.facts import LayerFacts, LayoutBytes, Traffic
 from planner.costmodel.graph import Attention, Op, OpKind, TpCut
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.kernels import BACKWARD_TRAFFIC
 
 Array = NDArray[np.float64]
-# A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
-# gradient: three passes where forward makes two (MODELLED).
-BACKWARD_TRAFFIC = 1.5
 HOST_NORM = 4.0
 # What a GEMM takes in a training step over the same GEMM alone in a benchmark: clocks under a power limit that other
 # kernels use up too, cold caches, transposed operands in backward (MODELLED; fitted by reports/calibrate_engines.py).
@@ -92,7 +90,7 @@ class LayerPrice:
     `*_f` forward, `*_b` backward with respect to inputs, `*_w` with respect to weights; communication is
     the exposed part. `launch_*`: what the host needs beyond the device. `saved` and `redo`: activation bytes
     kept and time redone in backward under recompute none, selective, full. `loss_bytes`: the part of `saved` that
-    is log-probabilities.
+    is log-probabilities or logits, and `loss_work_bytes` what the peak of the loss's backward needs beside it.
     """
 
     gemm_f: Array
@@ -114,6 +112,7 @@ class LayerPrice:
     saved: tuple[Array, Array, Array]
     redo: tuple[Array, Array, Array]
     loss_bytes: Array
+    loss_work_bytes: Array
     boundary_bytes: Array
     dense_params: Array
     routed_params: Array
@@ -139,9 +138,9 @@ class LayerPrice:
     def take(self, index: NDArray[np.int64]) -> LayerPrice:
         """The price at `index` of the key arrays."""
         values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = tuple(v[index] for v in value) if isinstance(value, tuple) else value[index]
+        for item in fields(self):
+            value = getattr(self, item.name)
+            values[item.name] = tuple(v[index] for v in value) if isinstance(value, tuple) else value[index]
         return LayerPrice(**values)
 
 
@@ -195,6 +194,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
         launch_f=launch_f, launch_b=launch_b, tp_f=tp_f, tp_b=tp_b, cp_f=cp_f, cp_b=cp_b, ep_f=ep_f, ep_b=ep_f,
         saved=_saved(facts, keys, machine), redo=(zero, selective, full),
         loss_bytes=facts.loss_bytes * keys.tokens / keys.vocab_tp,
+        loss_work_bytes=facts.loss_work_bytes * keys.tokens / keys.vocab_tp,
         boundary_bytes=facts.layer.input_bytes * keys.tokens / (keys.tp if machine.engine.p2p_scatter else keys.outer),
         dense_params=dense, routed_params=routed, frozen_params=frozen,
     )  # fmt: skip

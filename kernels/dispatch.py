@@ -63,6 +63,17 @@ def choose(chosen: Mapping[str, str]) -> None:
 
 
 @contextmanager
+def pretending(chosen: Mapping[str, str]) -> Iterator[None]:
+    """The choices of another machine for a block, installed here or not: fake tensors run no implementation."""
+    before = dict(_CHOSEN)
+    _CHOSEN.update(chosen)
+    try:
+        yield
+    finally:
+        choose(before)
+
+
+@contextmanager
 def using(chosen: Mapping[str, str]) -> Iterator[None]:
     """`choose` for a block, on top of what is chosen."""
     before = dict(_CHOSEN)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from planner.kernels.exchange import moe_permute, moe_unpermute
 from planner.runtime import collectives as c
 from planner.runtime.errors import RuntimePlanError
 from planner.runtime.layers import leave_marks, marks_of
@@ -107,18 +108,15 @@ def _stacked(moe: Moe, original: Callable[..., Any], group: dist.ProcessGroup) -
 
     def run(hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         rows, top_k = hidden.reshape(-1, hidden.shape[-1]), chosen.shape[-1]
-        flat = chosen.reshape(-1)
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=moe.num_experts)
+        copies, order, counts = moe_permute(rows, chosen.reshape(-1, top_k), moe.num_experts)
         received = _exchange_counts(counts, group)
         sent = counts.view(ranks, per_rank).sum(dim=1).tolist()
         took = received.sum(dim=1).tolist()
-        arrived = c.all_to_all(rows[order // top_k], group, took, sent)
-        local = torch.arange(per_rank, device=flat.device).repeat(ranks).repeat_interleave(received.reshape(-1))
+        arrived = c.all_to_all(copies, group, took, sent)
+        local = torch.arange(per_rank, device=counts.device).repeat(ranks).repeat_interleave(received.reshape(-1))
         done = original(arrived, local.unsqueeze(-1), torch.ones_like(local, dtype=rows.dtype).unsqueeze(-1))
         back = c.all_to_all(done, group, sent, took)
-        each = torch.empty_like(back).index_copy(0, order, back).view(-1, top_k, back.shape[-1])
-        return (each * weights.reshape(-1, top_k, 1)).sum(dim=1).view(hidden.shape)
+        return moe_unpermute(back, order, weights.reshape(-1, top_k)).view(hidden.shape)
 
     return run
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from planner.files import write_atomic
+from planner.kernels import dispatch
 from planner.plan import Plan, plan_body
 from planner.runtime.memory import TensorBytes, peak_of
 from planner.runtime.parallel import Parallel, StepResult
@@ -113,7 +114,7 @@ class Metrics:
             "peak_host_tensor_bytes": None if None in host else host,
             "peak_process_bytes": None if cuda else process,
             "torch": torch.__version__, "python": platform.python_version(), "num_cpus": os.cpu_count(),
-            "device_type": self.device.type,
+            "kernels": dispatch.table(self.device.type), "device_type": self.device.type,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor(),
         }  # fmt: skip
         write_atomic(self.folder / "run.json", (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())

@@ -23,6 +23,7 @@ from planner.runtime.layers import mark_parameters
 from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import Owned, ShardedAdamW
 from planner.runtime.rules import ShardMode
+from planner.runtime.rules_math import summed_loss
 from planner.runtime.sharded import SEQ, Context, Cut, Sharded, Split, take, wrap
 
 IGNORE_INDEX = -100
@@ -34,9 +35,10 @@ def next_token_loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
     logits = getattr(output, "logits", None)
     if logits is None:
         logits = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point())
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    logits, labels = logits.flatten(0, 1), labels.flatten()
+    if isinstance(logits, Sharded) or isinstance(labels, Sharded):
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")  # its rule
+    return summed_loss(logits, labels, IGNORE_INDEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,6 @@ class Parallel:
                 hidden = done.hidden
                 return hidden.local if isinstance(hidden, Sharded) else hidden
             assert labels is not None
-            self.ctx.column = None  # the head's input is autograd's to keep
             return self.loss(output, self.shard_tokens(labels))
 
     # ---- one step

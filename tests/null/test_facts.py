@@ -9,6 +9,8 @@ from shapes_for_tests import GPT, LLAMA, graph
 
 from planner.costmodel.engine import get_engine
 from planner.costmodel.facts import LayoutBytes, layer_facts
+from planner.costmodel.graph import TpCut
+from planner.costmodel.kernels import BACKWARD_TRAFFIC, kernels_on
 
 SBH = GPT.seq_len * GPT.hidden
 STATS = 4 * 4 * GPT.seq_len  # mean and inverse deviation of two layer norms, float32
@@ -57,8 +59,24 @@ def test_a_fused_chain_keeps_nothing_inside_it() -> None:
 
 
 def test_log_probabilities_are_counted_apart() -> None:
-    facts = layer_facts(graph().epilogue, get_engine("planner"))
+    facts = layer_facts(graph().epilogue, get_engine("megatron-core"))
     assert facts.loss_bytes == 4 * GPT.seq_len * GPT.vocab
+    assert facts.loss_work_bytes == (8 - 4) * GPT.seq_len * GPT.vocab
+
+
+def test_our_cross_entropy_moves_6_bytes_a_logit_and_keeps_2() -> None:
+    """bf16 logits read, then read again and their gradient written; torch's chain moves 9 forward alone."""
+    logits = GPT.seq_len * GPT.vocab
+    fused, eager = (
+        layer_facts(graph().epilogue, dataclasses.replace(get_engine("planner"), kernels=kernels_on(device)))
+        for device in ("h100-80gb", "cpu")
+    )
+    ours, torchs = (sum(t.num_bytes for t in f.traffic if t.cut is TpCut.VOCAB) for f in (fused, eager))
+    assert ours * (1 + BACKWARD_TRAFFIC) == pytest.approx(6 * logits)
+    assert torchs > 2 * ours
+    assert (fused.loss_bytes, fused.loss_work_bytes) == (2 * logits, 2 * logits)
+    assert (eager.loss_bytes, eager.loss_work_bytes) == (4 * logits, 8 * logits)
+    assert total(eager.saved[0]) - total(fused.saved[0]) == pytest.approx(2 * logits, abs=4)
 
 
 @pytest.mark.parametrize("name", ["planner", "megatron-core", "nanotron"])
