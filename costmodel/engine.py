@@ -36,7 +36,9 @@ class EngineSpec:
     its own (6 in 16 bits, 10 into float32); 0 where the weight-gradient GEMM accumulates itself. `logit_bytes`:
     memory per logit at the peak of the loss's backward. `bucket_params`: least parameters of a gradient-reduction or
     weight-gathering call, each of which pays the latency of a collective. `context_bytes`: CUDA context, communicator
-    buffers and library workspaces.
+    buffers and library workspaces. `gathers_copies`: forward reads copies of the weights that are gathered from the
+    shards that the optimizer steps on, at every ZeRO stage, and has no weights but these shards and copies (FSDP2).
+    `keeps_received`: pipeline ranks have a buffer for all micro-batches that they receive (torch pipelining).
     """
 
     name: str
@@ -51,6 +53,7 @@ class EngineSpec:
     bucket_params: float = 40e6
     logit_bytes: float = 12.0
     optimizer_bytes: float = 12.0
+    gathers_copies: bool = False
     zero_stages: tuple[int, ...] = (0, 1, 2, 3)
     selective_recompute: tuple[OpKind, ...] = (OpKind.NORM, OpKind.ELEMENTWISE)
     sp_saves_gathered: bool = False
@@ -61,6 +64,7 @@ class EngineSpec:
     overlap_cp: float = 0.0
     overlap_ep: float = 0.0
     p2p_scatter: bool = False
+    keeps_received: bool = False
     overlap_p2p: float = 0.0
     overlap_p2p_interleaved: float = 0.0
     overlap_grad_reduce: float = 0.0
@@ -99,6 +103,8 @@ _ENGINES = (
         recompute_stops_early=True,
         selective_gathers_again=True,
         sp_saves_gathered=True,
+        gathers_copies=True,
+        keeps_received=True,
         overlap_cp=0.8,
         overlap_grad_reduce=0.8,
         overlap_param_gather=0.8,

@@ -65,12 +65,13 @@ def machine_for(graph: ModelGraph, cluster: ClusterSpec, engine: EngineSpec, num
     """The machine that `num_gpus` GPUs of `cluster` make under `engine`; ValueError if they fill no whole nodes.
 
     A model in float32 has no copies in other widths (weight, gradient, two moments: 16 bytes a parameter), and a
-    CPU no context of a driver and no Triton kernels.
+    CPU no context of a driver, no caching allocator and no Triton kernels.
     """
     if graph.dtype == "float32":
         engine = replace(engine, weight_bytes=4.0, grad_bytes=4.0, reduce_bytes=4.0, optimizer_bytes=8.0)
     if cluster.device.name == "cpu":
-        engine = replace(engine, context_bytes=0.0, kernels=dict.fromkeys(engine.kernels, "torch"))
+        engine = replace(engine, context_bytes=0.0, fragmentation_frac=0.0)
+        engine = replace(engine, kernels=dict.fromkeys(engine.kernels, "torch"))
     return Machine(
         cluster=cluster,
         domains=cluster.domain_sizes(num_gpus),
@@ -177,7 +178,8 @@ def estimate_many(
     facts = facts or model_facts(graph, machine.engine)
     prices = price_model(facts, spec_keys(*specs), machine)
     pp, vpp = _column(s.pp for s in specs), _column(s.vpp for s in specs)
-    rates = build_rates(graph, prices, spec_layout(*specs), pp, vpp, machine)
+    m = _column(s.num_microbatches for s in specs)
+    rates = build_rates(graph, prices, spec_layout(*specs), pp, vpp, m, machine)
     return [
         _estimate(graph, machine, spec, facts, prices.take(np.array([k])), rates.column(k))
         for k, spec in enumerate(specs)

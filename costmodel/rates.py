@@ -105,9 +105,10 @@ def build_rates(
     layout: StateLayout,
     pp: Array,
     vpp: Array,
+    num_microbatches: Array,
     machine: Machine,
 ) -> Rates:
-    """Combine layer prices (K,) with a model-state layout (K,) and the pipeline shape (K,)."""
+    """Combine layer prices (K,) with a model-state layout (K,), the pipeline shape (K,) and micro-batches a step."""
     synced = [_synced(price, layout, machine) for price in prices.classes]
     options = [
         _options(price, fwd, bwd, machine) for price, (fwd, bwd) in zip(prices.classes, synced, strict=True)
@@ -135,7 +136,7 @@ def build_rates(
         routed_CK=np.stack([p.routed_params for p in price_c]),
         prologue=_end(prices.prologue, np.zeros_like(tied), layout, machine),
         epilogue=_end(prices.epilogue, tied, layout, machine),
-        fixed_bytes_K=_fixed_bytes(prices, layout, pp, vpp, machine),
+        fixed_bytes_K=_fixed_bytes(prices, layout, pp, vpp, num_microbatches, machine),
         p2p_s_K=p2p_s(boundary_bytes(prices), pp, vpp, machine),
         step_s_K=_step_s(tied, pp, machine),
         layout=layout,
@@ -199,13 +200,20 @@ def _end(price: LayerPrice, tied: Array, layout: StateLayout, machine: Machine) 
     )
 
 
-def _fixed_bytes(prices: Prices, layout: StateLayout, pp: Array, vpp: Array, machine: Machine) -> Array:
-    """Context, ZeRO working set (two gathered layers, one layer of full gradients) and pipeline buffers."""
+def _fixed_bytes(
+    prices: Prices, layout: StateLayout, pp: Array, vpp: Array, num_microbatches: Array, machine: Machine
+) -> Array:
+    """Context, ZeRO working set (two gathered layers, one layer of full gradients) and pipeline buffers.
+
+    Where these are kept for every micro-batch, those of the first rank, which holds most activations, count: outputs of
+    its later chunks' predecessors and gradients of all its chunks.
+    """
     engine = machine.engine
     largest = np.max(np.stack([p.dense_params + p.routed_params for p in prices.classes]), axis=0)
     gathered = np.where(layout.zero >= 3, 2 * largest * engine.weight_bytes, 0.0)
     reduced = np.where(layout.zero >= 2, largest * engine.grad_bytes, 0.0)
-    buffers = np.where(pp > 1, 2 * vpp * boundary_bytes(prices), 0.0)
+    received = (2 * vpp - 1) * num_microbatches if engine.keeps_received else 2 * vpp
+    buffers = np.where(pp > 1, received * boundary_bytes(prices), 0.0)
     total: Array = engine.context_bytes + gathered + reduced + buffers
     return total
 

@@ -7,18 +7,17 @@ of the whole tensor: output of an all-gather, input of a reduce-scatter, all-red
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from dataclasses import dataclass, field
+import gc
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.kernels import dispatch
 from planner.plan import Plan
@@ -31,36 +30,9 @@ from planner.runtime.mesh import forget_groups
 from planner.runtime.parallel import Parallel
 from planner.runtime.pipeline import stages_of
 from planner.runtime.predicted import Predicted, predicted_rank
+from planner.runtime.witness import Witness, on_gpu_terms
 
-KINDS = {"all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "all_reduce": "all_reduce",
-         "allreduce": "all_reduce", "alltoall": "all_to_all", "all_to_all": "all_to_all",
-         "allgather": "all_gather"}  # fmt: skip
 ACTIVATION_LIMIT = 0.05
-
-
-@dataclass(slots=True)
-class Counted(TorchDispatchMode):
-    """Bytes by kind of collective, and bytes that autograd saves for backward."""
-
-    sent_bytes: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-
-    def __post_init__(self) -> None:
-        TorchDispatchMode.__init__(self)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        space, _, name = func.name().partition("::")
-        if space in ("c10d", "_c10d_functional"):
-            kind = next((k for text, k in KINDS.items() if text in name), None)
-            if kind is not None:
-                self.sent_bytes[kind] += _message_bytes(kind, args, out)
-        return out
-
-
-def _message_bytes(kind: str, args: Any, out: Any) -> int:
-    tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    return max(sizes, default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +44,9 @@ class RankResult:
     shard_params: int
     activation_bytes: int  # of one micro-batch
     sent_bytes: dict[str, int]  # of one step, by kind
+    calls: dict[str, int]
     gathered: dict[str, int]
+    uneven: tuple[float, float]  # parameters that padding adds to ZeRO's messages, and to this rank's shard
 
 
 def dry_run(plan: Plan, ranks: int, source: str | None = None) -> bool:
@@ -89,11 +63,12 @@ def dry_run(plan: Plan, ranks: int, source: str | None = None) -> bool:
     good = True
     for rank in sorted({0, spec.pp // 2, spec.pp - 1}):
         found = run_rank(plan, meta_model(source, plan), rank)
-        wanted = predicted_rank(plan, rank)
+        wanted = predicted_rank(plan, rank, found.uneven)
         good &= _compare(found, wanted, plan)
     return good
 
 
+@on_gpu_terms()
 def run_rank(plan: Plan, model: nn.Module, rank: int) -> RankResult:
     """Apply the plan as pipeline rank `rank`, first in every other axis, and run one micro-batch of each stage."""
     spec = plan.decisions
@@ -142,59 +117,57 @@ def _materialise(model: nn.Module) -> None:
 
 def _measure(p: Parallel, rank: int) -> RankResult:
     spec = p.spec
-    saved, totals = 0, defaultdict(int)
+    kept = 0
+    calls: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
     m = spec.num_microbatches
     # The first micro-batch gathers what the step keeps, the last one reduces; those between are alike.
     for times, last in [(1, False), (m - 2, False), (1, True)][max(0, 3 - m) :]:
         zero.before_backward(p.model, spec, last=last and spec.pp == 1)
-        with Counted() as counted:
-            saved = sum(_one_stage(p, stage) for stage in stages_of(spec, rank))
+        with Witness() as seen:
+            outs = [_forward(p, stage, seen) for stage in stages_of(spec, rank)]
+            kept = sum(num_bytes for _, num_bytes in outs)
+            for out, _ in reversed(outs):  # as in a pipeline, where no chunk's backward comes before every forward
+                out.backward(torch.empty_like(out))
             if last and spec.pp > 1:
                 zero.reduce_now(p.model)
             if last:
                 assert p.optimizer is not None
                 p.optimizer.sync()
-        for kind, num_bytes in counted.sent_bytes.items():
-            totals[kind] += num_bytes * times
+        calls.update({kind: times * n for kind, n in seen.calls.items()})
+        sent.update({kind: times * n for kind, n in seen.sent_bytes.items()})
     own = [zero.local(item.param) for item in p.owned]
     return RankResult(
         rank=rank, num_params=sum(item.param.numel() for item in p.owned),
-        shard_params=sum(t.numel() for t in own), activation_bytes=saved, sent_bytes=dict(totals),
-        gathered=dict(p.ctx.gathered),
+        shard_params=sum(t.numel() for t in own), activation_bytes=kept, sent_bytes=dict(sent), calls=dict(calls),
+        gathered=dict(p.ctx.gathered), uneven=_uneven(p),
     )  # fmt: skip
 
 
-def _one_stage(p: Parallel, stage: int) -> int:
-    """Forward and backward of a stage on one micro-batch; bytes that autograd keeps in between."""
+def _uneven(p: Parallel) -> tuple[float, float]:
+    """(padding of all shards, what this rank holds beyond an even share) of the parameters that ZeRO shards."""
+    added = beyond = 0.0
+    for param in (item.param for item in p.owned if isinstance(item.param, DTensor)):
+        for place, ranks in zip(param.placements, param.device_mesh.shape, strict=True):
+            if isinstance(place, Shard):
+                rows = param.shape[place.dim]
+                added += (-rows % ranks) * param.numel() / rows
+                beyond += zero.local(param).numel() - param.numel() / ranks
+    return added, beyond
+
+
+def _forward(p: Parallel, stage: int, seen: Witness) -> tuple[torch.Tensor, int]:
+    """Forward of a stage on one micro-batch: its output, and the bytes kept for backward beside it."""
     first, _ = p.spec.stage_layers[stage]
+    seen.made.clear()
     tokens = torch.zeros((p.spec.micro_batch_size, p.ctx.seq_len), dtype=torch.int64)
     received = None
     if stage:
         shape = p.chain.shapes[first - 1]
         received = torch.empty(p.residual_shape(shape.size), dtype=p.dtype or shape.dtype).requires_grad_()
-    kept: dict[int, torch.UntypedStorage] = {}
-    params = {x.untyped_storage()._cdata for x in p.model.parameters()}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in params and not isinstance(x, nn.Parameter):
-            kept[storage._cdata] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = p.run(stage, received, tokens, tokens)
-    out.backward(torch.empty_like(out))
-    layers = range(first, p.spec.stage_layers[stage][1])
-    held = sum(_input_bytes(p, i) for i in layers if p.spec.layers[i].recompute == "full")
-    return held + sum(storage.nbytes() for storage in kept.values())
-
-
-def _input_bytes(p: Parallel, layer: int) -> int:
-    """Bytes of a layer's input on this rank, which checkpointing keeps beside what autograd saves."""
-    if p.spec.layers[layer].offload_activations:
-        return 0
-    shape = p.chain.shapes[max(layer - 1, 0)]
-    return math.prod(p.residual_shape(shape.size)) * (p.dtype or shape.dtype).itemsize
+    out = p.run(stage, received, tokens, tokens)
+    gc.collect()
+    return out, seen.kept_bytes(p.model, [out])
 
 
 def _compare(found: RankResult, wanted: Predicted, plan: Plan) -> bool:
@@ -208,6 +181,10 @@ def _compare(found: RankResult, wanted: Predicted, plan: Plan) -> bool:
         (f"{kind} bytes a step", found.sent_bytes.get(kind, 0), wanted.sent_bytes.get(kind, 0), 0.0)
         for kind in sorted({*found.sent_bytes, *wanted.sent_bytes})
     ]
+    rows += [
+        (f"{kind} calls a step", found.calls.get(kind, 0), wanted.calls.get(kind, 0), 0.0)
+        for kind in ("all_to_all", "send_recv") if kind in found.calls or kind in wanted.calls
+    ]  # fmt: skip
     good = True
     for name, is_now, predicted, limit in rows:
         off = abs(is_now - predicted) / max(predicted, 1)

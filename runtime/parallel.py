@@ -138,6 +138,7 @@ class Parallel:
                 hidden = done.hidden
                 return hidden.local if isinstance(hidden, Sharded) else hidden
             assert labels is not None
+            self.ctx.column = None  # the head's input is autograd's to keep
             return self.loss(output, self.shard_tokens(labels))
 
     # ---- one step

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from planner.costmodel.estimate import estimate, machine_for, model_facts
+from planner.costmodel.engine import EngineSpec
+from planner.costmodel.estimate import machine_for, model_facts, price_model, spec_keys
 from planner.costmodel.facts import LayerFacts
-from planner.costmodel.graph import LayerClass, TpCut
-from planner.costmodel.strategy import PlanSpec
+from planner.costmodel.graph import LayerClass, OpKind, TpCut
+from planner.costmodel.price import Keys, LayerPrice, Machine, attention_bytes
+from planner.costmodel.strategy import RECOMPUTE_KINDS, LayerStrategy, PlanSpec
 from planner.plan import Plan
 
 _LOSS_BYTES = 4  # rows of the loss are float32
+_COUNT_BYTES = 8  # rows for each expert, int64
 _SHARDED = (TpCut.COLUMN, TpCut.ROW, TpCut.VOCAB, TpCut.HEAD)
 
 
@@ -23,7 +26,37 @@ class Predicted:
     shard_params: float
     activation_bytes: float
     sent_bytes: dict[str, float]
+    calls: dict[str, int]  # messages of context and expert parallelism
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A layer or an end of the model on one rank."""
+
+    layer: LayerClass
+    facts: LayerFacts
+    price: LayerPrice
+    strategy: LayerStrategy
+
+
+_END = LayerStrategy(recompute="none")
+
+
+def _parts(plan: Plan, rank: int, machine: Machine) -> list[_Part]:
+    graph, spec = plan.inputs.graph, plan.decisions
+    facts = model_facts(graph, plan.inputs.engine)
+    prices = price_model(facts, spec_keys(spec), machine)
+    kinds = graph.layer_classes
+    parts = [
+        _Part(layer=graph.classes[c], facts=facts.classes[c], price=prices.classes[c], strategy=spec.layers[i])
+        for i, c in ((i, kinds[i]) for i in spec.rank_layers(rank))
+    ]
+    if rank == spec.rank_of(0):
+        parts.append(_Part(layer=graph.prologue, facts=facts.prologue, price=prices.prologue, strategy=_END))
+    if rank == spec.rank_of(len(spec.stage_layers) - 1):
+        parts.append(_Part(layer=graph.epilogue, facts=facts.epilogue, price=prices.epilogue, strategy=_END))
+    return parts
 
 
 def _held(layer: LayerClass, spec: PlanSpec) -> tuple[float, float]:
@@ -38,73 +71,95 @@ def _held(layer: LayerClass, spec: PlanSpec) -> tuple[float, float]:
     return dense, routed
 
 
-def _layer_bytes(facts: LayerFacts, spec: PlanSpec, scale: float, redo: bool) -> dict[str, float]:
+def _layer_bytes(
+    facts: LayerFacts, spec: PlanSpec, scale: float, recompute: str, engine: EngineSpec
+) -> dict[str, float]:
     """Messages of a layer's TP communication in one micro-batch (costmodel.price._tensor_parallel)."""
     sent: dict[str, float] = defaultdict(float)
     if spec.tp == 1:
         return sent
     rows = sum(facts.row_bytes) + (facts.vocab_row_bytes if spec.vocab_parallel else 0.0)
     columns = sum(facts.gathered_bytes) + (facts.vocab_gathered_bytes if spec.vocab_parallel else 0.0)
-    # Recomputation stops at the last tensor that backward needs, which is before the last row-parallel sum.
-    redone_rows = sum(facts.row_bytes[:-1]) if redo else 0.0
-    redone_columns = columns if redo else 0.0
+    last = facts.last_gemm
+    skipped = engine.recompute_stops_early and last is not None and last.cut is TpCut.ROW
+    redone_rows = rows - skipped * facts.row_bytes[-1] if recompute == "full" else 0.0
+    gathers_again = recompute == "full" or recompute == "selective" and engine.selective_gathers_again
     if spec.sequence_parallel:
-        sent["all_gather"] += scale * (columns + redone_columns + rows)
+        sent["all_gather"] += scale * (columns + gathers_again * columns + rows)
         sent["reduce_scatter"] += scale * (rows + redone_rows + columns)
     else:
         sent["all_reduce"] += scale * (rows + redone_rows + columns)
     return sent
 
 
-def predicted_rank(plan: Plan, rank: int) -> Predicted:
-    """Parameters, activations and messages of pipeline rank `rank`, summed over its layers and ends."""
+def _exchanges(part: _Part, keys: Keys, machine: Machine) -> list[tuple[str, float]]:
+    """(kind, bytes) of each message of context and expert parallelism in one micro-batch (price._context_parallel)."""
+    ulysses, ring, ep = (int(n[0]) for n in (keys.ulysses, keys.ring, keys.ep))
+    again = part.strategy.recompute == "full"
+    found: list[tuple[str, float]] = []
+    for op in part.facts.attentions:
+        assert op.attention is not None
+        a = op.attention
+        (before, after), hop = attention_bytes(a, keys, machine)
+        keys_part = a.head_dim_qk / (a.head_dim_qk + a.head_dim_v)
+        if ulysses > 1:
+            sizes = (before - hop, hop * keys_part, hop * (1 - keys_part), after)
+            found += [("all_to_all", float(n[0])) for n in sizes] * (2 + again)
+        found += [("send_recv", float(hop[0]))] * ((ring - 1) * (3 + again))
+    if ep > 1:
+        rows = [("all_to_all", num_bytes * float(keys.tokens[0])) for num_bytes in part.facts.permute_bytes]
+        counts = [("all_to_all", float(part.layer.num_experts * _COUNT_BYTES))] * bool(rows)
+        found += rows * (2 + again) + counts * (1 + again)
+    return found
+
+
+def predicted_rank(plan: Plan, rank: int, uneven: tuple[float, float] = (0.0, 0.0)) -> Predicted:
+    """Parameters, activations and messages of pipeline rank `rank`, summed over its layers and ends.
+
+    `uneven`: parameters that ZeRO adds where rows do not divide over its ranks, in messages and on the first rank.
+    """
     graph, spec, inputs = plan.inputs.graph, plan.decisions, plan.inputs
-    facts = model_facts(graph, inputs.engine)
+    machine = machine_for(graph, inputs.cluster, inputs.engine, inputs.num_gpus)
+    parts, keys, m = _parts(plan, rank, machine), spec_keys(spec), spec.num_microbatches
     scale = spec.micro_batch_size / graph.traced_micro_batch_size / spec.cp
-    kinds = graph.layer_classes
-    parts = [
-        (graph.classes[kinds[i]], facts.classes[kinds[i]], spec.layers[i].recompute == "full")
-        for i in spec.rank_layers(rank)
-    ]
-    if rank == spec.rank_of(0):
-        parts.append((graph.prologue, facts.prologue, False))
-    if rank == spec.rank_of(len(spec.stage_layers) - 1):
-        parts.append((graph.epilogue, facts.epilogue, False))
-    micro: dict[str, float] = defaultdict(float)
-    dense = routed = 0.0
-    for layer, fact, redo in parts:
-        d, r = _held(layer, spec)
+    sent: dict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
+    dense = routed = kept = 0.0
+    for part in parts:
+        d, r = _held(part.layer, spec)
         dense, routed = dense + d, routed + r
-        for kind, num_bytes in _layer_bytes(fact, spec, scale, redo).items():
-            micro[kind] += num_bytes
-    m = spec.num_microbatches
-    sent = defaultdict(float, {kind: m * num_bytes for kind, num_bytes in micro.items()})
-    _zero_bytes(sent, dense, plan)
+        for kind, num_bytes in _layer_bytes(part.facts, spec, scale, part.strategy.recompute, inputs.engine).items():
+            sent[kind] += m * num_bytes
+        for kind, num_bytes in _exchanges(part, keys, machine):
+            sent[kind] += m * num_bytes
+            calls[kind] += m
+        if not part.strategy.offload_activations:
+            kept += float(part.price.saved[RECOMPUTE_KINDS.index(part.strategy.recompute)][0])
+    _zero_bytes(sent, dense + uneven[0], routed, plan)
     shard = spec.dp_shard * spec.cp if spec.zero_stage else 1
-    _unpriced(sent, [layer for layer, _, _ in parts], rank == spec.rank_of(len(spec.stage_layers) - 1), shard, plan)
-    memory = estimate(
-        graph, machine_for(graph, inputs.cluster, inputs.engine, inputs.num_gpus), spec, facts
-    ).ranks[rank].memory  # fmt: skip
+    _unpriced(sent, [part.layer for part in parts], rank == spec.rank_of(len(spec.stage_layers) - 1), shard, plan)
     return Predicted(
         num_params=dense + routed,
-        shard_params=dense / shard + routed / max(shard / spec.ep, 1),
-        activation_bytes=memory.activations_bytes / memory.in_flight,
+        shard_params=dense / shard + routed / max(shard / spec.ep, 1) + uneven[1],
+        activation_bytes=kept,
         sent_bytes=dict(sent),
-        notes=_notes(plan),
+        calls=dict(calls),
+        notes=(*_notes(plan), *_padding(uneven)),
     )
 
 
-def _zero_bytes(sent: dict[str, float], dense: float, plan: Plan) -> None:
+def _zero_bytes(sent: dict[str, float], dense: float, routed: float, plan: Plan) -> None:
     """Messages of ZeRO in one step (costmodel.state): whole tensors, weights and gradients in the engine's bytes."""
     spec, engine, m = plan.decisions, plan.inputs.engine, plan.decisions.num_microbatches
-    shard = spec.dp_shard * spec.cp
-    replicas = spec.dp * spec.cp if spec.zero_stage == 0 else spec.dp_replicate
-    if spec.zero_stage and shard > 1:
-        sent["all_gather"] += dense * engine.weight_bytes * (2 * m if spec.zero_stage == 3 else 1)
-        sent["reduce_scatter"] += dense * engine.grad_bytes * (m if spec.zero_stage >= 2 else 1)
-    if replicas > 1:
-        times = m if spec.zero_stage >= 2 else 1
-        sent["all_reduce"] += times * dense * engine.grad_bytes / (shard if spec.zero_stage else 1)
+    ranks = spec.dp * spec.cp
+    for params, ep in ((dense, 1), (routed, spec.ep)):
+        shard = max(spec.dp_shard * spec.cp // ep, 1) if spec.zero_stage else 1
+        if shard > 1:
+            sent["all_gather"] += params * engine.weight_bytes * (2 * m if spec.zero_stage == 3 else 1)
+            sent["reduce_scatter"] += params * engine.grad_bytes * (m if spec.zero_stage >= 2 else 1)
+        if ranks > ep * shard:
+            times = m if spec.zero_stage >= 2 else 1
+            sent["all_reduce"] += times * params * engine.grad_bytes / shard
 
 
 def _unpriced(sent: dict[str, float], layers: list[LayerClass], last: bool, shard: int, plan: Plan) -> None:
@@ -117,12 +172,26 @@ def _unpriced(sent: dict[str, float], layers: list[LayerClass], last: bool, shar
         return
     if last and not spec.vocab_parallel:
         sent["all_reduce"] += m * _LOSS_BYTES
+    # A table that is not read by tokens (learned positions) adds whole rows: their gradient is gathered instead.
+    tables = [
+        op for layer in layers for op in layer.ops
+        if op.kind is OpKind.EMBEDDING and not any(layer.activations[a].scales_with_batch for a in op.inputs)
+    ]  # fmt: skip
+    rows = [layer.activations[a].num_bytes for layer in layers for op in layer.ops if op in tables for a in op.outputs]
+    sent["all_gather"] += m * sum(rows) / spec.cp
     whole = sum(
         group.num_params for layer in layers for group in layer.params
         if group.trainable and not group.routed
         and (group.cut not in _SHARDED or group.cut is TpCut.VOCAB and not spec.vocab_parallel)
-    )  # fmt: skip
+    ) - sum(rows) / graph.dtype_bytes  # fmt: skip
     sent["all_reduce"] += whole / shard * plan.inputs.engine.grad_bytes
+
+
+def _padding(uneven: tuple[float, float]) -> tuple[str, ...]:
+    if not any(uneven):
+        return ()
+    return (f"rows that do not divide over ZeRO's ranks are padded: {uneven[0]:,.0f} parameters more in its messages, "
+            f"{uneven[1]:,.0f} more on the first rank",)  # fmt: skip
 
 
 def _notes(plan: Plan) -> tuple[str, ...]:
@@ -130,10 +199,10 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     found = []
     if spec.vocab_parallel:
         found.append("all_gather includes 3 numbers a token and rank for the loss, which the cost model does not price")
-    if spec.cp > 1:
-        found.append("messages of context parallelism are not compared yet")
+    if spec.cp > 1 and any(x.recompute != "full" for x in spec.layers):
+        found.append("context parallelism keeps attention's output before and after it is exchanged or laid out anew")
     if spec.ep > 1:
-        found.append("messages of expert parallelism depend on the routing and are not compared")
+        found.append("expert parallelism: routing taken as balanced; all_to_all includes the rows of each expert")
     if spec.sequence_parallel:
         found.append("all_reduce includes the gradients of uncut parameters over tp once a step, which is not priced")
     return tuple(found)
