@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from numpy.typing import NDArray
 
 from planner.kernels.ring import zigzag_positions
@@ -108,8 +109,9 @@ def _runs(documents: IntArray) -> dict[int, tuple[int, int]]:
 @functools.lru_cache(maxsize=64)
 def whole_sequence(length: int, rank: int, ring: int, causal: bool, device: torch.device) -> Ring:
     """The turns when every rank holds its two zigzag chunks of one sequence of `length`."""
-    positions = np.stack([zigzag_positions(length, r, ring).numpy().astype(np.int64) for r in range(ring)])
-    return ring_of(positions, np.zeros_like(positions), rank, causal, device)
+    with unset_fake_temporarily():  # a dry run's fake tensors have no values
+        positions = np.stack([zigzag_positions(length, r, ring).numpy().astype(np.int64) for r in range(ring)])
+        return ring_of(positions, np.zeros_like(positions), rank, causal, device)
 
 
 @dataclass(frozen=True, slots=True)
