@@ -31,6 +31,10 @@ _SCANS = {"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "_thnn_fused")
 _OTHERS = {"_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_qr", "_linalg_svd", "linalg_inv_ex"}
 MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
+GROUPED = "_grouped_mm"
+_MISPRICED = (GROUPED, "_scaled_dot_product")  # 0 FLOPs, and not halved when causal or 0 on a CPU
+# Ops of planner.kernels whose names do not say their kind already.
+_KERNELS = {"gla": OpKind.SCAN, "ce_stats": OpKind.LOSS, "moe_permute": OpKind.PERMUTE, "moe_unpermute": OpKind.PERMUTE}
 # Ops that only make a tensor out of nothing, without a kernel worth a launch.
 ALLOCATIONS = {
     "empty",
@@ -51,8 +55,10 @@ def packet_name(func: Any) -> str:
 
 def kind_of(name: str) -> OpKind:
     """Kind of the aten op `name`, before weights and context are known (BMM for every matmul)."""
-    if name in MATMULS:
+    if name in MATMULS or name == GROUPED:
         return OpKind.BMM
+    if name in _KERNELS:
+        return _KERNELS[name]
     if name in ("convolution", "_convolution", "convolution_overrideable"):
         return OpKind.CONV
     if any(part in name for part in _NORMS):
@@ -74,6 +80,33 @@ def counted_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs that torch's FlopCounterMode counts for this call (0 for ops it has no formula for)."""
     formula = flop_registry.get(func._overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+
+
+def true_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """FLOPs of this call by the kernels' registry, where torch has no formula or a wrong one, else torch's.
+
+    The registry is imported at the first such op: it costs a second, and most models have none.
+    """
+    if func.namespace == "aten" and not func._overloadpacket.__name__.startswith(_MISPRICED):
+        return counted_flops(func, args, kwargs, out)
+    from planner.kernels.counters import FORMULAS
+
+    formula = FORMULAS.get(func._overloadpacket)
+    return formula(*args, **kwargs, out=out).flops if formula else counted_flops(func, args, kwargs, out)
+
+
+def grouped_dims(args: tuple[Any, ...]) -> Gemm:
+    """Dims of one of the products of grouped_mm, groups of equal size; two-dimensional operands hold all groups."""
+    left, right = args[:2]
+    groups = next((t.shape[0] for t in (left, right) if t.dim() == 3), args[2].shape[0] if len(args) > 2 else 1)
+    flat = left.dim() == 2, right.dim() == 2
+    m, k, n = left.shape[-2], left.shape[-1], right.shape[-1]
+    return Gemm(
+        batch=groups,
+        m=-(-m // groups) if flat == (True, False) else m,
+        n=-(-n // groups) if flat == (False, True) else n,
+        k=-(-k // groups) if flat == (True, True) else k,
+    )
 
 
 def operands(name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -186,16 +186,21 @@ class Recorder(TorchDispatchMode):
         op = RawOp(
             name=name, module="", kind=aten.kind_of(name), inputs=(), outputs=(), views=(), out_shape=(),
         )  # fmt: skip
-        op.flops_counted = op.flops = aten.counted_flops(func, args, kwargs, out)
+        op.flops_counted = aten.counted_flops(func, args, kwargs, out)
+        op.flops = aten.true_flops(func, args, kwargs, out)
         if op.kind in (OpKind.BMM, OpKind.CONV):
             left, right = aten.operands(name, args)
             op.backward_flops = aten.backward_flops(op.flops, (left, right))
             if op.kind is OpKind.CONV:
                 op.gemm = aten.conv_dims(args, out)
+            elif name == aten.GROUPED:
+                op.kind, op.gemm = OpKind.GEMM, aten.grouped_dims(args)
             else:
                 first, second = (bool(self.storages[self.find(t)].weights) for t in (left, right))
                 op.kind = OpKind.GEMM if first or second else OpKind.BMM
                 op.gemm = aten.matmul_dims(left, right, first and not second)
+        elif op.kind is OpKind.SCAN and any(self.storages[self.find(t)].learned for t in _tensors(args)):
+            op.backward_flops = 2 * op.flops  # a custom op hides from here whether its inputs require gradients
         elif op.kind is OpKind.NORM and name.endswith("layer_norm"):
             op.vector = args[1][-1]
         elif name in ("_softmax", "_safe_softmax", "_log_softmax", "mean", "sum", "amax", "var_mean"):

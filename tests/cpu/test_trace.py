@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from planner.costmodel.graph import LayerClass, ModelGraph, OpKind, TensorLayout, TpCut
+from planner.costmodel.graph import Gemm, LayerClass, ModelGraph, OpKind, TensorLayout, TpCut
 from planner.profiler.assemble import assemble
 from planner.profiler.hf import load_config
 from planner.profiler.intercept import FlashAttention
@@ -291,3 +291,22 @@ def test_handwritten_mixture_of_experts(tmp_path: Path) -> None:
     assert sum(g.num_params for g in moe.params if g.routed) == 256 * 3 * 7168 * 2048
     shared = [op.gemm for op in moe.ops if ".shared." in op.name and op.gemm]
     assert [(g.m, g.n, g.k) for g in shared] == [(64, 2048, 7168), (64, 2048, 7168), (64, 7168, 2048)]
+
+
+def test_ops_that_torch_misprices_have_their_flops() -> None:
+    """grouped_mm, 0 to torch, is a GEMM of equal groups; linear attention is a scan with its formula's FLOPs."""
+    graph = trace_model(str(MODELS / "with_kernels.py"))
+    (layer,) = graph.classes
+    tokens, hidden, heads, experts, width = 128, 64, 4, 4, 96
+    up, down = (op for op in layer.ops if op.name.endswith("_grouped_mm"))
+    assert (up.kind, up.flops_counted, up.flops) == (OpKind.GEMM, 0, 2 * tokens * hidden * width)
+    assert up.backward_flops == down.backward_flops == 2 * up.flops
+    assert (up.gemm, down.gemm) == (
+        Gemm(batch=experts, m=tokens // experts, n=width, k=hidden),
+        Gemm(batch=experts, m=tokens // experts, n=hidden, k=width),
+    )
+    gla = next(op for op in layer.ops if op.name.endswith("gla"))
+    dim = hidden // heads
+    assert gla.kind is OpKind.SCAN
+    assert gla.flops == tokens * heads * (65 * 2 * dim + 4 * dim * dim)  # half a chunk of 64, state in and out
+    assert gla.backward_flops == 2 * gla.flops
