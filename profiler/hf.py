@@ -64,7 +64,12 @@ def _parse(data: bytes, path: Path) -> dict[str, Any]:
     return body
 
 
-def _build(body: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
+def model_class(path: Path) -> tuple[Any, Any]:
+    """(transformers class, config without a cache) of the config.json at `path`. Raises TraceError."""
+    return _class_of(_parse(path.read_bytes(), path), path)
+
+
+def _class_of(body: dict[str, Any], path: Path) -> tuple[Any, Any]:
     try:
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -86,7 +91,11 @@ def _build(body: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
     name = _class_name(body, kind)
     if not name:
         raise TraceError(f"{path.name}: transformers has no model class for model_type {kind!r}")
-    cls = getattr(transformers, name)
+    return getattr(transformers, name), config
+
+
+def _build(body: dict[str, Any], path: Path) -> tuple[nn.Module, Any]:
+    cls, config = _class_of(body, path)
     _assume_unpacked()
     with torch.device("meta"), SkipInit():
         try:

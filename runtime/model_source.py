@@ -26,6 +26,15 @@ class Source:
 
 def load_source(source: str, seed: int) -> Source:
     """Build the model on the CPU under `seed`, the same on every rank. RuntimePlanError if it cannot be built."""
+    from planner.profiler.errors import TraceError
+
+    try:
+        return _load(source, seed)
+    except TraceError as error:
+        raise RuntimePlanError(str(error)) from None
+
+
+def _load(source: str, seed: int) -> Source:
     path = Path(source.rpartition(":")[0] if ".py:" in source else source)
     if not path.is_file():
         raise RuntimePlanError(f"{path}: no such file; give model.py, model.py:function or config.json")
@@ -46,11 +55,11 @@ def load_source(source: str, seed: int) -> Source:
 
 
 def _from_config(path: Path) -> nn.Module:
+    from planner.profiler.hf import model_class
+
+    cls, config = model_class(path)
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise RuntimePlanError(f"{path.name}: Hugging Face configs need `pip install transformers`") from None
-    config = AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path)
-    config.use_cache = False
-    model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model: nn.Module = cls._from_config(config, attn_implementation="sdpa")
+    except ValueError:  # it knows no such attention
+        model = cls._from_config(config)
     return model

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import math
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--on-mismatch", choices=("refuse", "warn"), default="refuse",
-        help="when the model file is not the one that the plan was made from",
+        help="when the model file is not, by its SHA-256, the one that the plan was made from: refuse ends with exit "
+        "code 4. A plan whose parameters, ranks or file hash do not fit is always refused",
     )  # fmt: skip
     parser.add_argument("--print-every", type=int, default=1, metavar="STEPS")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="how long a rank waits for the others")
@@ -51,6 +53,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
+
+
+def dropout_seed(seed: int, step: int, position: Mapping[str, int]) -> int:
+    """Seed of a step's random numbers on this rank: a function of what a resumed run knows, so that no state is kept.
+
+    Ranks of other tokens or layers draw others; TP ranks, which share both, draw the same.
+    """
+    import numpy as np
+
+    entropy = [seed, step, position["data"], position["pp"]]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -65,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
 
     started = not dist.is_initialized()
     device = _start(args.timeout_s)
+    _check_hardware(plan, device)
     parallel = _apply(plan, source, args, device)
     from planner.runtime.checkpoint import Checkpoints
 
@@ -96,6 +110,27 @@ def _check_source(plan: Plan, source: Source, args: argparse.Namespace) -> None:
         print(f"warning: {text}; going on as asked", flush=True)
 
 
+def _check_hardware(plan: Plan, device: Any) -> None:
+    """Refuse a GPU that is too small for the plan; warn where the plan is for other hardware."""
+    import torch
+    import torch.distributed as dist
+
+    from planner.runtime.errors import RuntimePlanError
+
+    planned = plan.inputs.cluster.device
+    found = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+        if room < plan.predicted.peak_memory_bytes:
+            raise RuntimePlanError(
+                f"the plan needs {plan.predicted.peak_memory_bytes / 2**30:.1f} GiB a GPU, {found} has "
+                f"{room / 2**30:.1f} GiB: search again for this cluster"
+            )
+    model = planned.name.split("-")[0]
+    if dist.get_rank() == 0 and model not in found.lower():
+        print(f"warning: planned for {planned.name}, runs on {found}: what was predicted does not hold", flush=True)
+
+
 def _start(timeout_s: float) -> Any:
     import torch
     import torch.distributed as dist
@@ -104,23 +139,26 @@ def _start(timeout_s: float) -> Any:
 
     if dist.is_initialized():
         return torch.device("cpu")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    wait = datetime.timedelta(seconds=timeout_s)
+    if "RANK" not in os.environ:  # no torchrun: one rank, which needs no port
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=wait)
+        return device
     try:
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        wait = datetime.timedelta(seconds=timeout_s)
         store, rank, world = next(iter(dist.rendezvous("env://", timeout=wait)))
         # torchrun keeps its store over restarts: without a prefix of their own, ranks find addresses of dead ones.
         fresh = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
-        raise RuntimePlanError(f"the ranks did not meet at {where}: {reason}; is the port in use?") from None
+        reason = str(error).splitlines()[0].rstrip(". ")
+        what = "the port is in use: give torchrun another --master-port" if "EADDRINUSE" in reason else (
+            f"not all of {os.environ.get('WORLD_SIZE')} ranks came within {timeout_s:.0f} s")  # fmt: skip
+        raise RuntimePlanError(f"the ranks did not meet at {where}: {what} ({reason})") from None
     return device
 
 
@@ -193,7 +231,7 @@ def _loop(
     metrics = Metrics(args.out, plan, parallel.device, args.print_every, options)
     digest = plan_body(plan)["sha256"]
     for step in range(first, args.steps):
-        torch.manual_seed(hash((args.seed, step, parallel.mesh.position["dp"])) % 2**63)
+        torch.manual_seed(dropout_seed(args.seed, step, parallel.mesh.position))
         work = metrics.data(partial(feed, step))
         lr = learning_rate(step, args.steps, args.lr, args.warmup)
         result = metrics.run(parallel, partial(work, lr))

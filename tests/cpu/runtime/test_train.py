@@ -21,8 +21,10 @@ from cases import _SP, _V, case, plan_of, spec  # noqa: E402, F401
 from worlds import free_port, run_world  # noqa: E402
 
 from planner.costmodel.pipeline import ScheduleKind  # noqa: E402
+from planner.costmodel.strategy import PlanSpec  # noqa: E402
 from planner.plan import encode_plan  # noqa: E402
 from planner.profiler.trace import trace_model  # noqa: E402
+from planner.runtime.train import dropout_seed  # noqa: E402
 
 MODEL = Path(__file__).with_name("train_model.py")
 PLANS = {
@@ -80,6 +82,54 @@ def test_every_plan_learns_alike_and_resumes_any_other(plans: dict[str, str], tm
     record = json.loads((tmp_path / "zero3/run.json").read_text())
     assert record["plan"]["decisions"]["zero_stage"] == 3 and len(record["peak_tensor_bytes"]) == 4
     assert [p.name for p in sorted((tmp_path / "zero3/checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
+
+
+def hf_run(folder: Path, model: str, plan: PlanSpec) -> tuple[list[str], list[str]]:
+    """Arguments of a run of a Hugging Face config under `plan`, and of the same in one process."""
+    import parity_models
+
+    folder.mkdir()
+    built = getattr(parity_models, model)()
+    built.config.architectures = [type(built).__name__]
+    (folder / "config.json").write_text(built.config.to_json_string(use_diff=False))
+    np.save(folder / "tokens.npy", np.arange(4000, dtype=np.uint16) * 7 % 96)
+    graph = trace_model(str(folder / "config.json"), seq_len=16)
+    found = []
+    for name, decisions in (("plan", plan), ("one", spec())):
+        path = folder / f"{name}.json"
+        path.write_bytes(encode_plan(plan_of("", decisions, graph)))
+        options = ["--data", str(folder / "tokens.npy")]
+        found.append([str(folder / "config.json"), *arguments(str(path), folder / f"{name} out", 3)[1:], *options])
+    return found[0], found[1]
+
+
+def test_hugging_face_configs_and_dropout(tmp_path: Path) -> None:
+    """A config.json trains as in one process, to bfloat16's accuracy; dropout goes on to the bit after resuming."""
+    hf = {"hf_llama": spec(tp=2, **_SP), "hf_gpt2": spec(pp=2), "hf_mixtral": spec(dp_shard=2, ep=2, zero_stage=2)}
+    runs = [hf_run(tmp_path / model, model, plan) for model, plan in hf.items()]
+    source = f"{MODEL}:with_dropout"
+    plan = tmp_path / "dropout.json"
+    plan.write_bytes(encode_plan(plan_of("", spec(dp_shard=2, zero_stage=3), trace_model(source, seq_len=16))))
+    unbroken = [source, *arguments(str(plan), tmp_path / "unbroken", 4, "--save-every", "2")[1:]]
+    step = "checkpoints/step-00000002"
+    resumed: list[object] = [
+        unbroken,
+        ["copy", str(tmp_path / "unbroken" / step), str(tmp_path / "resumed" / step)],
+        [source, *arguments(str(plan), tmp_path / "resumed", 4)[1:]],
+    ]
+    assert all(not m for rank in run_world(2, "train_rank.run", [r[0] for r in runs] + resumed) for m in rank)
+    assert run_world(1, "train_rank.run", [r[1] for r in runs]) == [[""] * len(runs)]
+    for model in hf:
+        assert losses(tmp_path / model / "plan out") == pytest.approx(losses(tmp_path / model / "one out"), rel=2**-8)
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "unbroken")[2:]
+
+
+def test_random_numbers_of_a_step() -> None:
+    """Other steps, tokens and layers draw others; nothing else does."""
+    at = {"data": 1, "pp": 2, "tp": 0}
+    seeds = [dropout_seed(0, 3, at), dropout_seed(1, 3, at), dropout_seed(0, 4, at)]
+    seeds += [dropout_seed(0, 3, {**at, "data": 0}), dropout_seed(0, 3, {**at, "pp": 0})]
+    assert len(set(seeds)) == 5 and dropout_seed(0, 3, {**at, "tp": 1}) == seeds[0]
 
 
 class Evil:
