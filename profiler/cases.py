@@ -68,7 +68,7 @@ def op_cases(graph: ModelGraph | None, dtype: str, world: int, memory_bytes: flo
     """Kernels at the shapes of `graph` under every cut over up to `world` ranks, or at a spread of shapes."""
     if graph is None:
         found = [*_default_gemms(dtype), *_default_attentions(dtype)]
-        most_params = 2.0**26
+        most_params = 2.0**24
     else:
         keys = plan_keys(graph, world)
         found = [*_gemms(graph, keys), *_attentions(graph, keys)]

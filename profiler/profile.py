@@ -130,7 +130,7 @@ def measure_cases(
 ) -> Outcome:
     """Measure these cases, as `run_profile`."""
     start_s = time.monotonic()
-    collector = _Collector(request, cases, on_progress, start_s)
+    collector = _Collector(request, cases, known, on_progress, start_s)
     spec = {
         "cases": [dataclasses.asdict(case) for case in cases],
         "known": _known(request, cases, known),
@@ -152,7 +152,7 @@ def measure_cases(
     if os.environ.get("RANK", "0") != "0":
         nothing = Profile(tool_version=request.tool_version, conditions=(), samples=())
         return Outcome(profile=nothing, measured=0, settled=True, failed=(), died="")
-    return collector.outcome(known, died)
+    return collector.outcome(died)
 
 
 def under_torchrun() -> bool:
@@ -177,9 +177,11 @@ class _Collector:
     """Reads the lines that rank 0 writes."""
 
     def __init__(
-        self, request: Request, cases: list[Case], on_progress: Callable[[Progress], None] | None, start_s: float
-    ) -> None:
-        self._request, self._cases, self._on_progress, self._start_s = request, cases, on_progress, start_s
+        self, request: Request, cases: list[Case], known: Profile | None,
+        on_progress: Callable[[Progress], None] | None, start_s: float,
+    ) -> None:  # fmt: skip
+        self._request, self._cases, self._known = request, cases, known
+        self._on_progress, self._start_s = on_progress, start_s
         self._conditions: Conditions | None = None
         self._samples: list[Sample] = []
         self._failed: list[tuple[Case, str]] = []
@@ -196,6 +198,8 @@ class _Collector:
     def _line(self, data: dict[str, Any]) -> None:
         if "conditions" in data:
             self._conditions = Conditions(**data["conditions"])
+            if self._known is not None:
+                _refuse_other_device(self._known, self._conditions)
         elif "settled" in data:
             self._settled = data["settled"]
         elif "starting" in data:
@@ -219,24 +223,24 @@ class _Collector:
             done = len(self._samples)
             self._on_progress(Progress(case=self.current, done=done, left=left, left_s=max(left_s, 0.0)))
 
-    def outcome(self, known: Profile | None, died: str) -> Outcome:
+    def outcome(self, died: str) -> Outcome:
         """What there is now; ProfileRunError if there is nothing."""
+        known = self._known
         if not self._samples and not (known and known.samples):
             why = died or (f"{self._failed[0][1]}" if self._failed else "the budget ended before the first measurement")
             raise ProfileRunError(f"nothing was measured: {why}")
         version = self._request.tool_version
         found = make_profile(version, (self._conditions,) if self._conditions else (), self._samples)
         if known is not None:
-            _refuse_other_device(known, self._conditions)
             found = merge(known, found, tool_version=version)
         return Outcome(
             profile=found, measured=len(self._samples), settled=self._settled, failed=tuple(self._failed), died=died
         )
 
 
-def _refuse_other_device(known: Profile, now: Conditions | None) -> None:
+def _refuse_other_device(known: Profile, now: Conditions) -> None:
     devices = {one.device for one in known.conditions}
-    if now is not None and devices and now.device not in devices:
+    if devices and now.device not in devices:
         raise ProfileRunError(
             f"the profile to go on with is of {', '.join(sorted(devices))}, this is {now.device}: give another -o"
         )

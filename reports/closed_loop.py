@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,39 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.profile import Profile, encode_profile
 from planner.errors import UserError
-from planner.files import read_profile, write_atomic
+from planner.files import check_writable, read_profile, write_atomic
 from planner.plan import encode_plan
 from planner.profiler.profile import Request, death, ranks_of, run_profile
 from planner.profiler.trace import trace_model
 from planner.provenance import tool_version
 from planner.reports import loop_model
 from planner.reports.loop_plans import Predicted, candidates, choose, job_of, price, written
-from planner.reports.loop_text import Row, markdown, options
+from planner.reports.loop_plot import write_plot
+from planner.reports.loop_state import Progress, run_key
+from planner.reports.loop_text import Row, markdown, median_error, options
 
 _HERE = Path(__file__).parent
 _MODEL = _HERE / "loop_model.py"
 _RUN_LIMIT_S = 1800.0
-EPILOG = "Takes about half an hour on two quiet cores. --quick proves in a few minutes that the loop closes."
+EPILOG = (
+    "Takes about half an hour on two quiet cores. --quick proves in a few minutes that the loop closes. What was done\n"
+    "before an interruption is kept in FOLDER/progress of --record: the same command with --resume goes on with it."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("--ranks", default="2,4,8", metavar="N,...", help="default: %(default)s")
     parser.add_argument("--models", default="narrow,wide,long", metavar="NAME,...", help="default: %(default)s")
-    parser.add_argument("--plans", type=arguments.whole, default=7, help="of a model on a number of ranks, 3 or more")
+    parser.add_argument("--plans", type=arguments.whole, default=5, help="of a model on a number of ranks, at least 3 "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=arguments.whole, default=3, help="runs of every plan (default: %(default)s)")
     parser.add_argument("--steps", type=arguments.whole, default=3, help="timed steps a run (default: %(default)s)")
     parser.add_argument("--budget", type=duration, default=180.0, metavar="S", help="for all profiles together")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="use this profile instead of measuring one")
+    parser.add_argument("--parts", default="0.5,0.25", metavar="F,...", help="profiles of these shares of the budget "
+                        "too, to see what it buys; '' = none (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="use this profile instead of measuring any")
+    parser.add_argument("--resume", action="store_true", help="go on with what an interrupted loop left")
     parser.add_argument("--quick", action="store_true", help="2 ranks, one model, 3 plans, 2 rounds, 30 s of profiling")
     parser.add_argument("-o", "--output", type=Path, default=_HERE / "closed_loop.md", metavar="FILE")
     parser.add_argument("--record", type=Path, default=_HERE / "measured", metavar="FOLDER", help="profile and runs")
@@ -67,24 +76,31 @@ class _Case:
 def main(args: argparse.Namespace) -> int:
     """Profile, plan, run, write the report."""
     if args.quick:
-        args.ranks, args.models, args.plans, args.rounds, args.budget = "2", "narrow", 3, 2, 30.0
-    ranks, models = _numbers(args.ranks), _names(args.models)
-    started, load_before = time.monotonic(), os.getloadavg()[0]
+        args.ranks, args.models, args.plans, args.rounds, args.budget, args.parts = "2", "narrow", 3, 2, 30.0, ""
+    ranks, models, parts = _numbers(args.ranks), _names(args.models), _parts(args.parts)
+    check_writable(args.output)
+    load_before = os.getloadavg()[0]
     graphs = {m: trace_model(f"{_MODEL}:{m}", seq_len=loop_model.SEQ_LENS[m]) for m in models}
-    profile = read_profile(args.profile) if args.profile else _profile(args, ranks, graphs)
-    profiled_s = time.monotonic() - started
-    args.record.mkdir(parents=True, exist_ok=True)
+    chosen = {name: str(getattr(args, name)) for name in ("ranks", "models", "plans", "rounds", "steps", "budget")}
+    progress = Progress.open(args.record / "progress", {**chosen, "profile": str(args.profile)}, args.resume)
+    given = read_profile(args.profile) if args.profile else None
+    profile = given or _profile(args, ranks, graphs, progress, 1.0)
     write_atomic(args.record / "closed_loop_profile.json", encode_profile(profile))
+    smaller = {} if given else {part: _profile(args, ranks, graphs, progress, part) for part in parts}
     cases = [_case(args, model, graphs[model], profile, n) for model in models for n in ranks]
-    rows = _rows(cases, _run_all(args, cases))
+    rows = _rows(cases, _run_all(args, cases, progress))
+    curve = [_point(args, 1.0, profile, rows)]
+    curve += [_point(args, part, one, _predicted_again(cases, rows, one)) for part, one in smaller.items()]
     facts = {
         "date": datetime.date.today().isoformat(), "load_before": load_before, "load_after": os.getloadavg()[0],
-        "cores": os.cpu_count(), "profile_s": profiled_s, "samples": len(profile.samples), "rounds": args.rounds,
-        "steps": args.steps, "device": profile.conditions[0].device, "version": tool_version(),
+        "cores": os.cpu_count(), "profile_s": args.budget, "samples": len(profile.samples), "rounds": args.rounds,
+        "steps": args.steps, "device": profile.conditions[0].device, "version": tool_version(), "curve": curve,
     }  # fmt: skip
     data = {"facts": facts, "rows": [row.data for row in rows]}
     write_atomic(args.record / "closed_loop.json", (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
     write_atomic(args.output, markdown(rows, facts).encode())
+    write_plot([row for row in rows if row.rounds_s], curve, args.output.parent / "plots" / f"{args.output.stem}.png")
+    progress.clear()
     arguments.note(args, f"wrote {args.output}")
     return 0
 
@@ -102,21 +118,39 @@ def _names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _profile(args: argparse.Namespace, ranks: list[int], graphs: dict[str, ModelGraph]) -> Profile:
-    """Kernels, collectives and layers of every model, on every number of ranks; the budget in equal parts."""
+def _parts(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in filter(None, text.split(","))]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < part < 1 for part in found):
+        raise UserError(f"--parts {text}: give shares between 0 and 1, e.g. 0.5,0.25")
+    return found
+
+
+def _profile(
+    args: argparse.Namespace, ranks: list[int], graphs: dict[str, ModelGraph], progress: Progress, part: float
+) -> Profile:
+    """Kernels, collectives and layers of every model, on every number of ranks; `part` of the budget shared equally."""
     profile: Profile | None = None
     for n in ranks:
         for model, graph in graphs.items():
-            arguments.note(args, f"profiling {model} on {n} ranks")
+            name = f"{part:g}-{n}-{model}"
+            done = progress.profile(name)
+            if done is not None:
+                profile = done
+                continue
+            arguments.note(args, f"profiling {model} on {n} ranks, {part:g} of the budget")
             request = Request(
                 what="all", platform="cpu", cluster=load_cluster("cpu-gloo"), graph=graph, source=f"{_MODEL}:{model}",
-                ranks=n, threads=1, budget_s=args.budget / (len(ranks) * len(graphs)),
+                ranks=n, threads=1, budget_s=part * args.budget / (len(ranks) * len(graphs)),
                 today=datetime.date.today().isoformat(), tool_version=tool_version(),
             )  # fmt: skip
             outcome = run_profile(request, profile)
             if outcome.died:
                 arguments.note(args, outcome.died)
             profile = outcome.profile
+            progress.keep_profile(name, profile)
     assert profile is not None
     return profile
 
@@ -128,7 +162,27 @@ def _case(args: argparse.Namespace, model: str, graph: ModelGraph, profile: Prof
     return _Case(model=model, ranks=ranks, graph=graph, chosen=tuple(chosen), texts=texts)
 
 
-def _run_all(args: argparse.Namespace, cases: list[_Case]) -> dict[tuple[int, int], dict[str, Any]]:
+def _predicted_again(cases: list[_Case], rows: list[Row], profile: Profile) -> list[Row]:
+    """The rows with step times predicted from another profile."""
+    found: list[Row] = []
+    for case in cases:
+        job = job_of(case.graph, load_cluster("cpu-gloo"), profile, case.ranks)
+        again = price(job, [one.spec for one in case.chosen], os.cpu_count() or 1)
+        mine = rows[len(found) : len(found) + len(again)]
+        found += [replace(row, predicted_s=p.step_s, shared_s=p.shared_s) for row, p in zip(mine, again, strict=True)]
+    return found
+
+
+def _point(args: argparse.Namespace, part: float, profile: Profile, rows: list[Row]) -> dict[str, Any]:
+    """One point of the curve of budgets: median error of every model."""
+    ran = [row for row in rows if row.rounds_s]
+    errors = {m: median_error([r for r in ran if r.model == m]) for m in dict.fromkeys(row.model for row in ran)}
+    return {"budget_s": part * args.budget, "samples": len(profile.samples), "error": errors}
+
+
+def _run_all(
+    args: argparse.Namespace, cases: list[_Case], progress: Progress
+) -> dict[tuple[int, int], dict[str, Any]]:
     """(case, plan) -> {"step_s": medians by round, "peak_bytes": [...]} or {"failed": why}."""
     found: dict[tuple[int, int], dict[str, Any]] = {
         (c, i): {"step_s": []} for c, case in enumerate(cases) for i in range(len(case.chosen))
@@ -137,10 +191,15 @@ def _run_all(args: argparse.Namespace, cases: list[_Case]) -> dict[tuple[int, in
         for number in range(args.rounds + 1):
             memory = number == args.rounds
             for c, case in enumerate(cases):
+                keys = [run_key(text, number) for text in case.texts]
                 what = "memory" if memory else f"round {number + 1} of {args.rounds}"
-                arguments.note(args, f"running {len(case.chosen)} plans of {case.model} on {case.ranks} ranks, {what}")
-                for i, line in _launch(args, case, Path(folder), memory):
-                    one = found[c, i]
+                left = [i for i, key in enumerate(keys) if key not in progress.runs]
+                if left:
+                    arguments.note(args, f"running {len(left)} plans of {case.model} on {case.ranks} ranks, {what}")
+                    for i, line in _launch(args, case, left, Path(folder), memory):
+                        progress.keep(keys[i], line)
+                for i, key in enumerate(keys):
+                    one, line = found[c, i], progress.runs.get(key, {})
                     if "step_s" in line:
                         one["step_s"].append(sorted(line["step_s"])[len(line["step_s"]) // 2])
                     else:
@@ -148,12 +207,14 @@ def _run_all(args: argparse.Namespace, cases: list[_Case]) -> dict[tuple[int, in
     return found
 
 
-def _launch(args: argparse.Namespace, case: _Case, root: Path, memory: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run every plan of a case once in one job; what a dead job had not done is missing."""
+def _launch(
+    args: argparse.Namespace, case: _Case, plans: list[int], root: Path, memory: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run these plans of a case once in one job; what a dead job had not done is missing."""
     folder = Path(tempfile.mkdtemp(dir=root))
-    paths = [folder / f"plan-{i}.json" for i in range(len(case.texts))]
-    for path, text in zip(paths, case.texts, strict=True):
-        path.write_bytes(text)
+    paths = [folder / f"plan-{i}.json" for i in plans]
+    for path, i in zip(paths, plans, strict=True):
+        path.write_bytes(case.texts[i])
     spec = {
         "plans": [str(path) for path in paths], "folder": str(folder), "model": f"{_MODEL}:{case.model}",
         "memory": memory, "steps": args.steps,
@@ -175,10 +236,9 @@ def _launch(args: argparse.Namespace, case: _Case, root: Path, memory: bool) -> 
             time.sleep(0.1)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     for line in lines:
-        index = paths.index(Path(line.pop("plan")))
-        yield index, line
+        yield plans[paths.index(Path(line.pop("plan")))], line
     if len(lines) < len(paths):
-        yield len(lines), {"failed": "the job ended in this plan"}
+        yield plans[len(lines)], {"failed": "the job ended in this plan"}
 
 
 def _rows(cases: list[_Case], found: dict[tuple[int, int], dict[str, Any]]) -> list[Row]:

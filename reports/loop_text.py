@@ -72,17 +72,27 @@ def scores(rows: Sequence[Row], shared: bool) -> Scores:
     again = [row for row in rows if len(row.rounds_s) > 1]
     return Scores(
         plans=len(rows), spearman=spearman(predicted, measured), regret=measured[first] / min(measured),
-        time_error=statistics.median(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)),
+        time_error=_median_off(predicted, measured),
         memory_error=statistics.median(memory) if memory else None,
         noise=statistics.median(max(r.rounds_s) / min(r.rounds_s) - 1 for r in again) if again else 0.0,
         noise_spearman=spearman([r.rounds_s[0] for r in again], [r.rounds_s[-1] for r in again]) if again else 0.0,
     )  # fmt: skip
 
 
+def median_error(rows: Sequence[Row]) -> float:
+    """Median relative error of the step time on shared cores."""
+    return _median_off([row.shared_s for row in rows], [row.measured_s for row in rows])
+
+
+def _median_off(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    return statistics.median(abs(p / m - 1) for p, m in zip(predicted, measured, strict=True))
+
+
 def markdown(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     """The whole report."""
     ran = [row for row in rows if row.rounds_s]
-    lines = [*_head(facts), "", *_score_table(ran), "", *_judgement(ran), "", *_misses(ran), "", *_plans(ran), ""]
+    lines = [*_head(facts), "", *_score_table(ran), "", *_judgement(ran), "", *_curve(facts["curve"])]
+    lines += [*_misses(ran), "", *_plans(ran), ""]
     failed = [row for row in rows if row.failed]
     if failed:
         lines += ["## Plans that did not run", ""]
@@ -97,7 +107,7 @@ def _head(facts: dict[str, Any]) -> list[str]:
         "# The closed loop: measured, planned, run, compared",
         "",
         "Written by `planner calibrate-loop` (reports/closed_loop.py); raw figures in "
-        "reports/measured/closed_loop.json. Nothing is fitted to the runs.",
+        "reports/measured/closed_loop.json, drawn in plots/closed_loop.png. Nothing is fitted to the runs.",
         "",
         f"{facts['date']}, {facts['device']}, {facts['cores']} cores, gloo; profile of {facts['samples']} samples in "
         f"{facts['profile_s']:.0f} s; {facts['rounds']} rounds of {facts['steps']} timed steps, interleaved; load "
@@ -151,6 +161,22 @@ def _judgement(rows: Sequence[Row]) -> list[str]:
         said = "; ".join(f"{name} {'met' if ok else 'MISSED'} ({text})" for name, ok, text in found)
         lines.append(f"- {model} ({s.plans} plans): {said}")
     return lines
+
+
+def _curve(points: Sequence[dict[str, Any]]) -> list[str]:
+    """What a smaller profile costs; nothing if only one was made."""
+    if len(points) < 2:
+        return []
+    models = list(points[0]["error"])
+    lines = ["## What the profile's budget buys", "",
+             f"| budget s | samples | {' | '.join(f'{m}: median time error' for m in models)} |",
+             f"|--:|--:|{'--:|' * len(models)}"]  # fmt: skip
+    for point in points:
+        errors = " | ".join(f"{point['error'][m]:.1%}" for m in models)
+        lines.append(f"| {point['budget_s']:g} | {point['samples']} | {errors} |")
+    worst = max(points[1]["error"][m] - points[0]["error"][m] for m in models)
+    return [*lines, "", f"From the whole budget to the next the worst model loses {100 * worst:.1f} points (wanted: at "
+            "most 3 for half of it). Each profile was measured by itself.", ""]  # fmt: skip
 
 
 def _misses(rows: Sequence[Row]) -> list[str]:

@@ -13,6 +13,8 @@ from planner.reports.loop_text import Row, markdown, scores
 FACTS = {
     "date": "2026-11-24", "load_before": 0.1, "load_after": 2.0, "cores": 2, "profile_s": 60.0, "samples": 9,
     "rounds": 2, "steps": 3, "device": "a CPU", "version": "1",
+    "curve": [{"budget_s": 180.0, "samples": 9, "error": {"narrow": 0.1}},
+              {"budget_s": 90.0, "samples": 5, "error": {"narrow": 0.14}}],
 }  # fmt: skip
 
 
@@ -38,6 +40,7 @@ def test_the_report_says_what_is_missed_what_failed_and_whether_the_machine_was_
     text = markdown(rows, FACTS)
     assert "Spearman MISSED (0.500, wanted 0.9)" in text and "memory met" in text and "regret MISSED" in text
     assert "a rank died" in text and "busy" not in text
+    assert "| 90 | 5 | 14.0% |" in text and "loses 4.0 points" in text
     assert "The machine was busy" in markdown(rows, {**FACTS, "load_before": 3.0})
 
 

@@ -49,7 +49,7 @@ def test_offloaded_optimizer_leaves_the_gpu() -> None:
     ],
 )  # fmt: skip
 def test_fsdp2_holds_what_it_steps_on_and_copies_of_it(dtype: str, zero: int, ranks: int, per_param: float) -> None:
-    """Copies for the step until ZeRO-3, gradients, what the optimizer steps on (in its 12 bytes in 16 bits), moments."""
+    """Copies for the step until ZeRO-3, gradients, what is stepped on, moments (12 bytes of both in 16 bits)."""
     states = {"weight_bytes": 4.0, "grad_bytes": 4.0, "optimizer_bytes": 8.0} if dtype == "float32" else {}
     where = dataclasses.replace(machine(gathers_copies=True, **states), dtype=dtype)
     held = state_bytes(one(1e9), NONE, NONE, layout(zero=zero, dp_shard=ranks), where)
