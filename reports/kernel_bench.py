@@ -2,7 +2,7 @@
 
 One run gives correctness on the device, the time of ours, torch eager, torch.compile and installed peers, and the
 percent of the copy bandwidth or cuBLAS rate measured in the same run. Writes kernel_bench.json and kernel_bench.md
-into `--out`, with provenance. `--counts` needs no GPU: bytes and kernels counted, ours next to torch's eager.
+into `--out`, with provenance. kernels.py counts bytes and kernels without a GPU.
 Exit codes: 0 measured and correct, 2 usage or no GPU, 5 a kernel is wrong on the device.
 """
 
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.kernels import dispatch
 from planner.kernels.counters import WorkCounter
@@ -202,32 +201,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def counts_table() -> str:
-    """Bytes per element and kernels of ours and of eager torch, forward plus backward, counted on fake tensors."""
-    lines = ["| kernel | ours B/element | torch B/element | ours kernels | torch kernels |", "|---|---|---|---|---|"]
-    for case in CASES:
-        if not case.plain_is_peer:
-            continue
-        with FakeTensorMode():
-            inputs = case.inputs("cpu", False)
-            ours, plain = (counted(case, c, inputs, case.backward) for c in (case.ours, case.plain))
-        per = [w.moved_bytes / case.units(*inputs) for w in (ours, plain)]
-        lines.append(f"| {case.name} | {per[0]:.1f} | {per[1]:.1f} | {ours.kernels} | {plain.kernels} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="kernel_bench", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of kernel_bench.json and kernel_bench.md")
     parser.add_argument("--only", action="append", choices=[c.name for c in CASES], help="measure this kernel")
-    parser.add_argument("--counts", action="store_true", help="count bytes and kernels instead; needs no GPU")
     options = parser.parse_args(arguments)
-    if options.counts:
-        print(counts_table(), end="")
-        return 0
     if not torch.cuda.is_available():
-        print("kernel_bench: no CUDA device here; run it on a GPU, or count with --counts", file=sys.stderr)
+        other = "count with `python -m planner.reports.kernels`"
+        print(f"kernel_bench: no CUDA device here; run it on a GPU, or {other}", file=sys.stderr)
         return 2
     if not options.out.is_dir():
         print(f"kernel_bench: --out {options.out} is not a folder", file=sys.stderr)

@@ -203,6 +203,26 @@ def _pack(x: torch.Tensor) -> torch.Tensor:
     return x.unflatten(2, (4, -1)).permute(2, 0, 1, 3, 4).contiguous()
 
 
+def _routed(device: str, small: bool) -> tuple[torch.Tensor, ...]:
+    tokens, width, experts, top_k = (64, 32, 8, 2) if small else (8192, 4096, 64, 8)
+    (x,) = _normal(device, (tokens, width))
+    first = torch.arange(tokens, device=device).unsqueeze(1) * 7919
+    chosen = (first + torch.arange(top_k, device=device)) % experts
+    return x, torch.rand(tokens, top_k, device=device), chosen
+
+
+def _permuted(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    copies, order, _ = exchange.moe_permute(x, chosen, 64)
+    return exchange.moe_unpermute(copies, order, weights)
+
+
+def _permuted_by_torch(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    order = chosen.flatten().argsort(stable=True)
+    copies = x[order // chosen.shape[1]]
+    each = torch.empty_like(copies).index_copy(0, order, copies).view(*chosen.shape, -1)
+    return (each * weights.unsqueeze(-1).to(x.dtype)).sum(dim=1)
+
+
 CASES = (
     Case(
         name="rms_norm", inputs=_rows(4096, 96, 1, True), ours=norm.rms_norm, plain=_rms, goal_frac=0.90,
@@ -253,5 +273,9 @@ CASES = (
     Case(
         name="ulysses_pack", inputs=_heads, ours=lambda x: exchange.pack_heads(x, 4), plain=_pack, goal_frac=0.85,
         backward_goal_frac=0.85,
+    ),
+    Case(
+        name="moe_permute", inputs=_routed, ours=_permuted, plain=_permuted_by_torch, goal_frac=0.85,
+        backward_goal_frac=0.85, differentiable=2,
     ),
 )  # fmt: skip
