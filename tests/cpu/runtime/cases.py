@@ -26,14 +26,19 @@ def graph_of(model: str):
     here = Path(__file__).with_name("parity_models.py")
     if not model.startswith("hf_"):
         return trace_model(f"{here}:{model}", seq_len=SEQ_LEN)
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.json"
+        config.write_text(config_of(model))
+        return trace_model(str(config), seq_len=SEQ_LEN)
+
+
+def config_of(model: str) -> str:
+    """The config.json of a Hugging Face model of parity_models.py."""
     import parity_models
 
     built = getattr(parity_models, model)()
     built.config.architectures = [type(built).__name__]
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"
-        config.write_text(built.config.to_json_string(use_diff=False))
-        return trace_model(str(config), seq_len=SEQ_LEN)
+    return built.config.to_json_string(use_diff=False)
 
 
 def spec(*, stages=None, layers=None, recompute="none", offload=False, **options) -> PlanSpec:
@@ -119,8 +124,25 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "ep within zero3, full": (4, "hf_mixtral", spec(dp_shard=4, ep=2, zero_stage=3, recompute="full")),
     "ep pp": (4, "deepseek", spec(dp_shard=2, ep=2, pp=2, zero_stage=1)),
     "ep of replicas": (4, "deepseek", spec(dp_replicate=2, dp_shard=2, ep=4, zero_stage=2)),
+    "interleaved tp sp selective": (4, "llama", spec(tp=2, recompute="selective", **_INTER, **_SP)),
+    "zb_h1 ring": (4, "llama", spec(ring=2, **_H1)),
+    "zb_h1 ep": (4, "hf_mixtral", spec(dp_shard=2, ep=2, **_H1)),
+    "zb_v ep": (4, "deepseek", spec(dp_shard=2, ep=2, zero_stage=1, **_V)),
+    "ep ulysses zero2 selective": (4, "deepseek", spec(
+        ulysses=2, dp_shard=2, ep=2, zero_stage=2, recompute="selective", offload_optimizer=True)),
+    "interleaved ep ring zero2": (4, "deepseek", spec(ring=2, ep=2, zero_stage=2, offload=True, **_INTER)),
+    "interleaved replicas ring full": (8, "llama", spec(
+        dp_replicate=2, ring=2, zero_stage=1, recompute="full", **_INTER)),
+    "zb_h1 replicas ulysses": (8, "hf_llama", spec(dp_replicate=2, ulysses=2, zero_stage=1, **_H1)),
+    "zb_v replicas ulysses": (8, "gpt", spec(
+        dp_replicate=2, ulysses=2, zero_stage=1, offload_optimizer=True, **_V)),
+    "ep fewer experts than shards": (8, "hf_mixtral", spec(dp_shard=8, ep=4, zero_stage=3)),
     "everything": (8, "llama", spec(pp=2, tp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP)),
 }  # fmt: skip
+
+
+# (model, ranks, plans) of those drawn, with the ranks as seed.
+DRAWN = (("llama", 4, 10), ("gpt", 4, 6), ("llama", 8, 8))
 
 
 def drawn(model: str, ranks: int, count: int, seed: int) -> list[tuple[str, PlanSpec]]:

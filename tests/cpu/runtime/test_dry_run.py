@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import _SP, plan_of, spec  # noqa: E402
+from cases import _SP, config_of, plan_of, spec  # noqa: E402
 
 from planner.profiler.trace import trace_model  # noqa: E402
 from planner.runtime.errors import RuntimePlanError  # noqa: E402
@@ -19,6 +19,8 @@ PLANS = {
     "tp": spec(tp=2),
     "tp sp zero1": spec(tp=2, dp_shard=2, zero_stage=1, **_SP),
     "pp full": spec(tp=2, pp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP),
+    "ring selective": spec(tp=2, ring=2, dp_shard=2, zero_stage=1, recompute="selective", **_SP),
+    "ulysses full": spec(ulysses=2, dp_shard=2, zero_stage=2, recompute="full"),
     "hundreds": spec(tp=2, pp=2, dp_replicate=16, dp_shard=8, zero_stage=1, global_batch_size=1024, **_SP),
 }
 
@@ -34,7 +36,23 @@ def test_parameters_and_messages_are_exact(name: str) -> None:
         found, wanted = run_rank(plan, meta_model(str(MODEL), plan), rank), predicted_rank(plan, rank)
         assert (found.num_params, found.shard_params) == (wanted.num_params, wanted.shard_params)
         assert found.sent_bytes == {kind: n for kind, n in wanted.sent_bytes.items() if n}
+        assert {kind: found.calls[kind] for kind in wanted.calls} == wanted.calls
         assert not found.gathered
+
+
+def test_expert_messages_are_exact(tmp_path: Path) -> None:
+    """Rows there and back, their gradients, and how many rows each expert gets; shards of experts to the element."""
+    from planner.runtime.dry_run import meta_model, run_rank
+    from planner.runtime.predicted import predicted_rank
+
+    config = tmp_path / "config.json"
+    config.write_text(config_of("hf_mixtral"))
+    plan = plan_of("", spec(dp_shard=8, ep=4, zero_stage=1, global_batch_size=32), trace_model(str(config), seq_len=16))
+    found = run_rank(plan, meta_model(str(config), plan), 0)
+    wanted = predicted_rank(plan, 0, found.uneven)
+    assert (found.num_params, found.shard_params) == (wanted.num_params, wanted.shard_params)
+    assert found.sent_bytes == wanted.sent_bytes
+    assert found.calls["all_to_all"] == wanted.calls["all_to_all"]
 
 
 def test_wrong_number_of_ranks_is_one_line() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import ALONE, TOGETHER, case, drawn  # noqa: E402
+from cases import ALONE, DRAWN, TOGETHER, case, drawn  # noqa: E402
+from cells import LEAST, TABLE, least, render  # noqa: E402
 from worlds import run_world  # noqa: E402
 
 from planner.runtime.support import OPTIONS  # noqa: E402
@@ -50,7 +51,7 @@ def test_options_together(ranks: int, tmp_path: Path) -> None:
     check(ranks, named, tmp_path)
 
 
-@pytest.mark.parametrize(("model", "ranks", "count"), [("llama", 4, 10), ("gpt", 4, 6), ("llama", 8, 8)])
+@pytest.mark.parametrize(("model", "ranks", "count"), DRAWN)
 def test_plans_of_the_space(model: str, ranks: int, count: int, tmp_path: Path) -> None:
     """Plans drawn from what search enumerates, with a random strategy for every layer."""
     check(ranks, [(name, model, plan) for name, plan in drawn(model, ranks, count, seed=ranks)], tmp_path)
@@ -60,3 +61,10 @@ def test_every_executable_option_has_a_case() -> None:
     """A new option without a parity case fails here."""
     used = {o.name for o in OPTIONS for _, _, plan in (*ALONE.values(), *TOGETHER.values()) if o.used(plan)}
     assert {o.name for o in OPTIONS if not o.reason} <= used
+
+
+def test_the_table_of_cells_is_fresh() -> None:
+    """reports/runtime_cells.md says what support.py and the cases say; every option has its least plan there."""
+    assert set(LEAST) == {o.name for o in OPTIONS}
+    assert all(o.used(least(o.name)) for o in OPTIONS)
+    assert TABLE.read_text() == render(), "stale: run `python tests/cpu/runtime/cells.py`"
