@@ -116,7 +116,8 @@ def _stacked(moe: Moe, original: Callable[..., Any], group: dist.ProcessGroup) -
         local = torch.arange(per_rank, device=counts.device).repeat(ranks).repeat_interleave(received.reshape(-1))
         done = original(arrived, local.unsqueeze(-1), torch.ones_like(local, dtype=rows.dtype).unsqueeze(-1))
         back = c.all_to_all(done, group, sent, took)
-        return moe_unpermute(back, order, weights.reshape(-1, top_k)).view(hidden.shape)
+        out = moe_unpermute(back, order, weights.reshape(-1, top_k))
+        return out if out.shape == hidden.shape else out.view(hidden.shape)  # FSDP warns of a view that goes out
 
     return run
 
