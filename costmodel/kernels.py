@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from planner.costmodel.graph import LayerClass, OpKind
 
 # Ops with a Triton kernel ("ours"), which planner.runtime runs on GPUs.
-TRITON_OPS = ("ce_grad", "ce_stats", "merge_partials", "moe_permute", "moe_unpermute", "moe_unpermute_backward",
-              "pack_heads", "pack_sequence", "ring_step", "ring_step_backward", "unpack_heads", "unpack_sequence",
-              )  # fmt: skip
+TRITON_OPS = ("ce_grad", "ce_grad_", "ce_stats", "merge_partials", "moe_permute", "moe_unpermute",
+              "moe_unpermute_backward", "pack_heads", "pack_sequence", "ring_step", "ring_step_backward",
+              "unpack_heads", "unpack_sequence")  # fmt: skip
 # A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
 # Passes over the logits in their own type, read or written: one forward, two backward.
-_LOSS_PASSES = {"ours": 1 + 2}
+LOSS_PASSES = {"ours": 1 + 2}
 _CONVERSIONS = ("_to_copy", "to_float")
 
 
@@ -42,7 +42,7 @@ def fused_loss(layer: LayerClass, kernels: dict[str, str]) -> FusedLoss | None:
     stands one kernel that reads the logits, which are kept instead, and in backward one that reads them and writes
     their gradient. Backward is priced as BACKWARD_TRAFFIC times forward, so forward carries its share of all passes.
     """
-    passes, chain = _LOSS_PASSES.get(kernels.get("ce_stats", "")), _loss_chain(layer)
+    passes, chain = LOSS_PASSES.get(kernels.get("ce_stats", "")), _loss_chain(layer)
     if passes is None or not chain:
         return None
     logits = layer.ops[chain[0]].inputs[0]

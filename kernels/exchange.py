@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from planner.kernels.op import Sharding, Work, define, nbytes, precise, streamed
+from planner.kernels.op import Sharding, Work, define, lazily, nbytes, precise, streamed
 
 
 def _copied(x: torch.Tensor) -> torch.Tensor:
@@ -62,8 +62,14 @@ def _packer(name: str, pack: Any, unpack: Any, split_dim: int) -> tuple[Any, Any
         shape[split_dim] *= ranks
         return x.new_empty(shape)
 
-    forward = define(f"pack_{name}", pack, fake=packed_shape, work=_copy_work, sharding=_batch_and_dim(True))
-    back = define(f"unpack_{name}", unpack, fake=unpacked_shape, work=_copy_work, sharding=_batch_and_dim(False))
+    ours, ours_back = ({"ours": lazily("triton_exchange", f"{way}_{name}")} for way in ("pack", "unpack"))
+    forward = define(
+        f"pack_{name}", pack, fake=packed_shape, work=_copy_work, sharding=_batch_and_dim(True), kernels=ours
+    )
+    back = define(
+        f"unpack_{name}", unpack, fake=unpacked_shape, work=_copy_work, sharding=_batch_and_dim(False),
+        kernels=ours_back,
+    )  # fmt: skip
     forward.register_autograd(lambda ctx, grad: (back(grad), None))
     back.register_autograd(
         lambda ctx, grad: forward(grad, ctx.ranks),
@@ -115,11 +121,12 @@ moe_permute_op = define(
         x.new_empty((experts.numel(), x.shape[1])), experts.new_empty(experts.numel()), experts.new_empty(num_experts),
     ),
     work=_permute_work, sharding=_width([Shard(1), _R, _R], [Shard(1), _R, None]),
+    kernels={"ours": lazily("triton_exchange", "moe_permute")},
 )  # fmt: skip
 moe_unpermute = define(
     "moe_unpermute", _unpermute, fake=lambda y, order, weights: y.new_empty((weights.shape[0], y.shape[1])),
     work=lambda y, order, weights, out: streamed((y, order, weights), out, 2 * y.numel()),
-    sharding=_width([Shard(1)], [Shard(1), _R, _R]),
+    sharding=_width([Shard(1)], [Shard(1), _R, _R]), kernels={"ours": lazily("triton_exchange", "moe_unpermute")},
 )  # fmt: skip
 moe_unpermute_backward = define(
     "moe_unpermute_backward", _unpermute_backward,
@@ -127,6 +134,7 @@ moe_unpermute_backward = define(
     work=lambda dx, y, order, weights, out: Work(
         flops=3 * y.numel(), read_bytes=2 * nbytes(y) + nbytes(order, weights), written_bytes=nbytes(*out), kernels=1
     ),
+    kernels={"ours": lazily("triton_exchange", "moe_unpermute_backward")},
 )  # fmt: skip
 
 

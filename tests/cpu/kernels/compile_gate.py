@@ -100,6 +100,22 @@ CASES = {
         module="triton_quantize", kernel="dequantize_sum_kernel", types="*i8 *fp32 *bf16 i32 i32 i32",
         constants={"INT4": True, "ROWS": 16, "BLOCK": 256}, num_warps=4,
     ),
+    "swap": Case(
+        module="triton_exchange", kernel="swap_kernel", types="*bf16 *bf16 i32 i32 i32",
+        constants={"ROWS": 4, "BLOCK": 1024}, num_warps=4,
+    ),
+    "moe_gather": Case(
+        module="triton_exchange", kernel="gather_kernel", types="*bf16 *i64 *bf16 i32 i32 i32",
+        constants={"ROWS": 4, "BLOCK": 1024}, num_warps=4,
+    ),
+    "moe_combine": Case(
+        module="triton_exchange", kernel="combine_kernel", types="*bf16 *i64 *fp32 *bf16 i32 i32",
+        constants={"BLOCK": 1024}, num_warps=4,
+    ),
+    "moe_split": Case(
+        module="triton_exchange", kernel="split_kernel", types="*bf16 *bf16 *i64 *fp32 *bf16 *fp32 i32 i32",
+        constants={"BLOCK": 1024}, num_warps=4,
+    ),
     "lstm": Case(
         module="triton_lstm", kernel="forward_lstm_kernel",
         types="*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 *bf16 i32 i32 i32", constants={"B": 16, "D": 64}, num_warps=4,

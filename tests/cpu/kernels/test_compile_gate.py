@@ -38,6 +38,10 @@ BUDGETS = {
     "ring_dq": Budget(registers=224, shared=120_000, matrix="matrix"),
     "ring_dkv": Budget(registers=255, shared=140_000, matrix="matrix"),
     "merge": Budget(registers=64),
+    "swap": Budget(registers=64),
+    "moe_gather": Budget(registers=64),
+    "moe_combine": Budget(registers=64),
+    "moe_split": Budget(registers=64),
     "quantize": Budget(registers=64),
     "lstm": Budget(registers=128, shared=60_000, matrix="hmma"),  # tiles of 16 rows are too small for wgmma
     "lstm_backward": Budget(registers=128, shared=90_000, matrix="hmma"),

@@ -6,13 +6,19 @@ import importlib.util
 import json
 
 import pytest
+import torch
+from torch._library.custom_ops import CustomOpDef
 
+from planner.costmodel.kernels import LOSS_PASSES, kernels_on
 from planner.kernels import (  # noqa: F401  declare ops
     dispatch,
     exchange,
     gla,
+    loss,
     norm,
+    ring,
 )
+from planner.kernels.counters import WorkCounter
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -22,7 +28,28 @@ def test_cpu_runs_torch_and_cuda_ours_where_there_is_one() -> None:
     cuda = dispatch.table("cuda")
     assert json.loads(json.dumps(cuda)) == cuda
     assert cuda["rms_norm"] == ("ours" if HAS_TRITON else "torch")
-    assert cuda["moe_permute"] == "torch"  # index_select is a kernel of torch's own
+    assert cuda["gla_backward"] == "torch"
+
+
+def test_a_plan_chooses_among_what_is_declared() -> None:
+    """The cost model's list of ops is that of the modules that the runtime uses, as a GPU and as a CPU run them."""
+    ops = {v._name for m in (exchange, loss, ring) for v in vars(m).values() if isinstance(v, CustomOpDef)}
+    ours = {op for op in ops if "ours" in dispatch._DECLARED[op]}
+    assert kernels_on("h100-80gb") == dict.fromkeys(sorted(ours), "ours")
+    assert set(kernels_on("cpu").values()) == {"torch"}
+
+
+def test_the_cost_model_has_the_passes_of_the_loss() -> None:
+    logits, target = torch.randn(16, 4096).bfloat16().requires_grad_(), torch.zeros(16, dtype=torch.int64)
+    with WorkCounter() as counted:
+        loss.cross_entropy(logits, target).sum().backward()
+    assert counted.total.moved_bytes / (2 * logits.numel()) == pytest.approx(LOSS_PASSES["ours"], rel=0.02)
+
+
+def test_choices_of_another_machine_hold_for_fake_tensors() -> None:
+    with dispatch.pretending({"gla": "fla"}):
+        assert dispatch.choice("gla", "cpu") == "fla"
+    assert dispatch.choice("gla", "cpu") == "torch"
 
 
 def test_a_choice_holds_inside_its_block_and_is_recorded() -> None:
@@ -37,7 +64,7 @@ def test_a_choice_holds_inside_its_block_and_is_recorded() -> None:
     ("chosen", "message"),
     [
         ({"rmsnorm": "ours"}, "no kernel op 'rmsnorm'"),
-        ({"moe_permute": "ours"}, "cannot run on 'ours'; here it has: torch"),
+        ({"gla_backward": "ours"}, "cannot run on 'ours'; here it has: torch"),
     ],
 )
 def test_bad_choice_is_refused_and_changes_nothing(chosen: dict[str, str], message: str) -> None:

@@ -38,6 +38,42 @@ def test_pack_ops_pass_every_check(batch: int) -> None:
         )
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_moves_rows_exactly(dtype: torch.dtype) -> None:
+    ops = (exchange.pack_heads, exchange.unpack_heads, exchange.pack_sequence, exchange.unpack_sequence)
+    names = [op._opoverload._overloadpacket.__name__ for op in ops]
+    for shape in ((2, 6, 4, 5), (1, 4, 8, 300), (0, 4, 4, 3)):
+        x = torch.randn(shape).to(dtype)
+        for pack, unpack, ways in ((*ops[:2], names[:2]), (*ops[2:], names[2:])):
+            packed = pack(x, 2)
+            with dispatch.using(dict.fromkeys(ways, "ours")):
+                assert torch.equal(pack(x, 2), packed)
+                assert torch.equal(unpack(packed), x)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("tokens", [9, 0])
+def test_triton_permutes_and_sums_experts(tokens: int, dtype: torch.dtype, tolerance: float) -> None:
+    width, top_k, experts = 70, 3, 5
+    x, weights = torch.randn(tokens, width).to(dtype), torch.rand(tokens, top_k).to(dtype)
+    chosen = torch.randint(0, experts - 1, (tokens, top_k))  # the last one has no tokens
+
+    def run(x: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        copies, order, counts = exchange.moe_permute(leaves[0], chosen, experts)
+        out = exchange.moe_unpermute(copies * 2, order, leaves[1])
+        grad = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+        return [out.detach(), counts, *torch.autograd.grad(out, leaves, grad)]
+
+    exact = run(x.double(), weights.double())
+    with dispatch.using(dict.fromkeys(("moe_permute", "moe_unpermute", "moe_unpermute_backward"), "ours")):
+        found = run(x, weights)
+    for got, want in zip(found, exact, strict=True):
+        assert max_error(got, want) < tolerance if tokens else got.shape == want.shape
+
+
 def routed(tokens: int, top_k: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = torch.randn(tokens, 5, dtype=torch.float64, requires_grad=True)
     scores = torch.randn(tokens, experts, dtype=torch.float64)
