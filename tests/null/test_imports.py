@@ -22,6 +22,7 @@ ALLOWED = {
     "planner": ("planner.",),
     "runtime": ("planner.runtime", "planner.costmodel", "planner.kernels", "planner.plan", "planner.errors",
                 "planner.files", "planner.check", "planner.profiler.load", "planner.profiler.hf",
+                "planner.profiler.errors",
                 "planner.dispatch", "planner.ahead", "planner.menus"),
     "reports": ("planner",),
 }  # fmt: skip
