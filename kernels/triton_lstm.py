@@ -8,11 +8,12 @@ import triton.language as tl
 
 from planner.kernels.op import like
 
-_BATCH = 16  # the least a matrix instruction takes
+BATCH = 16  # the least a matrix instruction takes
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
+    """Hyperbolic tangent by one sigmoid."""
     return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
@@ -42,10 +43,10 @@ def forward_lstm_kernel(
         o = tl.load(x_ptr + gate + 3 * D, mask=here, other=0.0).to(tl.float32)
         i = tl.sigmoid(i + tl.dot(h, r_i, input_precision="ieee"))
         f = tl.sigmoid(f + tl.dot(h, r_f, input_precision="ieee"))
-        z = _tanh(z + tl.dot(h, r_z, input_precision="ieee"))
+        z = tanh(z + tl.dot(h, r_z, input_precision="ieee"))
         o = tl.sigmoid(o + tl.dot(h, r_o, input_precision="ieee"))
         c = f * c + i * z
-        h = (o * _tanh(c)).to(r_i.dtype)
+        h = (o * tanh(c)).to(r_i.dtype)
         tl.store(hs_ptr + at + d[None, :], h.to(hs_ptr.dtype.element_ty), mask=here)
         tl.store(cs_ptr + at + d[None, :], c, mask=here)
         tl.store(gates_ptr + gate, i.to(gates_ptr.dtype.element_ty), mask=here)
@@ -80,7 +81,7 @@ def backward_lstm_kernel(
         f = tl.load(gates_ptr + gate + D, mask=here, other=0.0).to(tl.float32)
         z = tl.load(gates_ptr + gate + 2 * D, mask=here, other=0.0).to(tl.float32)
         o = tl.load(gates_ptr + gate + 3 * D, mask=here, other=0.0).to(tl.float32)
-        turned = _tanh(tl.load(cs_ptr + at + d[None, :], mask=here, other=0.0))
+        turned = tanh(tl.load(cs_ptr + at + d[None, :], mask=here, other=0.0))
         earlier = tl.load(cs_ptr + at - heads * D + d[None, :], mask=here & (t > 0), other=0.0)
         before = earlier + tl.load(c0_ptr + start, mask=here & (t == 0), other=0.0).to(tl.float32)
         dh += tl.load(dhs_ptr + at + d[None, :], mask=here, other=0.0).to(tl.float32)
@@ -100,7 +101,8 @@ def backward_lstm_kernel(
     tl.store(dc0_ptr + start, dc, mask=here)
 
 
-def _check(dim: int) -> None:
+def check_dim(dim: int) -> None:
+    """ValueError for heads whose R does not fit on the chip or whose size no matrix instruction takes."""
     if dim & (dim - 1) or not 16 <= dim <= 64:
         raise ValueError(f"heads of {dim} units; the Triton LSTM takes 16, 32 or 64, choose 'torch'")
 
@@ -109,12 +111,12 @@ def lstm(x, r, h0, c0):
     """The op lstm."""
     x, r, h0, c0 = (t.contiguous() for t in (x, r.to(x.dtype), h0, c0))
     batch, time, heads, _, dim = x.shape
-    _check(dim)
+    check_dim(dim)
     hs, cs = (torch.empty((batch, time, heads, dim), dtype=t, device=x.device) for t in (x.dtype, torch.float32))
     gates = like(x)
     if x.numel():
-        forward_lstm_kernel[(triton.cdiv(batch, _BATCH), heads)](
-            x, r, h0, c0, hs, cs, gates, batch, time, heads, B=_BATCH, D=dim, num_warps=4
+        forward_lstm_kernel[(triton.cdiv(batch, BATCH), heads)](
+            x, r, h0, c0, hs, cs, gates, batch, time, heads, B=BATCH, D=dim, num_warps=4
         )
     return hs, cs, gates
 
@@ -123,10 +125,10 @@ def lstm_backward(dhs, dcs, gates, cs, c0, r):
     """The op lstm_backward."""
     dhs, dcs, gates, cs, c0, r = (t.contiguous() for t in (dhs, dcs, gates, cs, c0, r.to(gates.dtype)))
     batch, time, heads, _, dim = gates.shape
-    _check(dim)
+    check_dim(dim)
     dx, dh0, dc0 = like(gates), *(torch.zeros_like(c0, dtype=torch.float32) for _ in range(2))
     if gates.numel():
-        backward_lstm_kernel[(triton.cdiv(batch, _BATCH), heads)](
-            dhs, dcs, gates, cs, c0, r, dx, dh0, dc0, batch, time, heads, B=_BATCH, D=dim, num_warps=4
+        backward_lstm_kernel[(triton.cdiv(batch, BATCH), heads)](
+            dhs, dcs, gates, cs, c0, r, dx, dh0, dc0, batch, time, heads, B=BATCH, D=dim, num_warps=4
         )
     return dx, dh0, dc0

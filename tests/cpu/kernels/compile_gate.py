@@ -125,6 +125,16 @@ CASES = {
         types="*bf16 *fp32 *bf16 *fp32 *fp32 *bf16 *bf16 *fp32 *fp32 i32 i32 i32", constants={"B": 16, "D": 64},
         num_warps=4,
     ),
+    "slstm": Case(
+        module="triton_slstm", kernel="forward_slstm_kernel",
+        types="*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *bf16 *fp32 *fp32 *fp32 *bf16 i32 i32 i32",
+        constants={"B": 16, "D": 64}, num_warps=4,
+    ),
+    "slstm_backward": Case(
+        module="triton_slstm", kernel="backward_slstm_kernel",
+        types="*bf16 *fp32 *fp32 *bf16 *fp32 *fp32 *fp32 *fp32 *bf16 *bf16 *fp32 *fp32 *fp32 i32 i32 i32",
+        constants={"B": 16, "D": 64}, num_warps=4,
+    ),
 }  # fmt: skip
 
 

@@ -45,6 +45,8 @@ BUDGETS = {
     "quantize": Budget(registers=64),
     "lstm": Budget(registers=128, shared=60_000, matrix="hmma"),  # tiles of 16 rows are too small for wgmma
     "lstm_backward": Budget(registers=128, shared=90_000, matrix="hmma"),
+    "slstm": Budget(registers=160, shared=60_000, matrix="hmma"),
+    "slstm_backward": Budget(registers=160, shared=90_000, matrix="hmma"),
     "dequantize_sum": Budget(registers=64, shared=16384),
 }
 

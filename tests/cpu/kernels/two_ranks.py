@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
-from planner.kernels import exchange, gla, loss, lstm, norm, pointwise, ring
+from planner.kernels import exchange, gla, loss, lstm, norm, pointwise, ring, slstm
 from planner.kernels.counters import WorkCounter
 
 RANKS = 2
@@ -131,6 +131,12 @@ def attention(mesh: Any, x: torch.Tensor) -> None:
     sharded(mesh, lstm.lstm_op, [x4, recurrent, h0, h0], [s(2), s(0), s(1), s(1)], [s(2)] * 3)
     ins = [s(0)] * 5 + [r]
     sharded(mesh, lstm.lstm_backward, [x, x, x4.sigmoid(), x, h0, recurrent], ins, [s(0)] * 3)
+    start, kept = [h0, h0, h0.abs() + 1, h0], torch.rand(2, 6, 4, slstm.KEPT, 8)
+    places = [*[s(2)] * 3, s(1), s(2)]
+    sharded(mesh, slstm.slstm_op, [x4, recurrent, *start], [s(2), s(0), *[s(1)] * 4], places)
+    given = [x, h0, h0, kept, x, x.abs() + 1, h0, h0.abs() + 1, recurrent]
+    ins = [s(2), s(1), s(1), *[s(2)] * 3, s(1), s(1), s(0)]
+    sharded(mesh, slstm.slstm_backward, given, ins, [s(2), *[s(1)] * 3])
     state, gates = torch.randn(2, 4, 8, 8), -x.abs()
     sharded(mesh, gla.gla_op, [x, x, x, gates, state, 1.0], [s(2)] * 4 + [s(1), None], [s(2), s(1)])
     ins = [s(2), s(1), s(2), s(2), s(2), s(2), s(1), None]
