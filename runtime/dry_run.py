@@ -11,6 +11,7 @@ import gc
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from planner.kernels import dispatch
 from planner.plan import Plan
 from planner.profiler.hf import load_config
 from planner.profiler.load import load_python
-from planner.runtime import zero
+from planner.runtime import recompute, zero
 from planner.runtime.apply import parallelize_plan
 from planner.runtime.errors import RuntimePlanError
 from planner.runtime.mesh import forget_groups
@@ -124,7 +125,7 @@ def _measure(p: Parallel, rank: int) -> RankResult:
     # The first micro-batch gathers what the step keeps, the last one reduces; those between are alike.
     for times, last in [(1, False), (m - 2, False), (1, True)][max(0, 3 - m) :]:
         zero.before_backward(p.model, spec, last=last and spec.pp == 1)
-        with Witness() as seen:
+        with Witness() as seen, mock.patch.object(recompute, "watched", seen.copied):
             outs = [_forward(p, stage, seen) for stage in stages_of(spec, rank)]
             kept = sum(num_bytes for _, num_bytes in outs)
             for out, _ in reversed(outs):  # as in a pipeline, where no chunk's backward comes before every forward

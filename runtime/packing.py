@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.kernels.ring import zigzag_positions
 

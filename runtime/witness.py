@@ -37,6 +37,7 @@ class Witness(TorchDispatchMode):
     calls: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)
     made: dict[int, StorageWeakRef] = field(default_factory=dict)
+    on_host: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -73,10 +74,17 @@ class Witness(TorchDispatchMode):
         self.calls[kind] += calls
         self.sent_bytes[kind] += calls * num_bytes
 
+    def copied(self, x: torch.Tensor, to_host: bool) -> torch.Tensor:
+        """In the place of a copy to or from the host (recompute.watched): what lies there is not counted."""
+        copy = x.clone()
+        if to_host:
+            self.on_host.add(copy.untyped_storage()._cdata)
+        return copy
+
     def kept_bytes(self, model: nn.Module, besides: list[torch.Tensor]) -> int:
         """Bytes of what is still held of what was made, without parameters and `besides`."""
         known = {getattr(p, "_local_tensor", p).untyped_storage()._cdata for p in _slots(model)}
-        known |= {t.untyped_storage()._cdata for t in besides}
+        known |= {t.untyped_storage()._cdata for t in besides} | self.on_host
         alive = [ref for key, ref in self.made.items() if key not in known and not ref.expired()]
         return sum(torch.UntypedStorage._new_with_weak_ptr(ref.cdata).nbytes() for ref in alive)
 

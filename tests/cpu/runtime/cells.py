@@ -84,8 +84,8 @@ def render() -> str:
         "tests/cpu/runtime/cases.py. Every case runs in CI: loss, gradients and parameters after three optimizer steps",
         "equal those of one process in float64.", "",
         f"{len(plans)} cases; {sum(state == PASSES for state, _ in alone.values())} of {len(names)} options pass. Of "
-        f"{len(pairs)} pairs {count[PASSES]} pass, {count[NOT_EXECUTABLE]} are not executable, {count[NOT_COVERED]} are "
-        f"not covered by a case, {count[CONTRADICTION]} contradict each other.", "",
+        f"{len(pairs)} pairs {count[PASSES]} pass, {count[NOT_EXECUTABLE]} are not executable, {count[NOT_COVERED]} "
+        f"have no case, {count[CONTRADICTION]} contradict each other.", "",
         "## Options", "", "| option | state | first case, or why not |", "| --- | --- | --- |",
         *(f"| {name} | {state} | {what} |" for name, (state, what) in alone.items()), "",
         "## Pairs", "", "`+` passes, `x` not executable, `?` not covered, blank: a plan has one or the other.", "",
