@@ -164,7 +164,10 @@ def _finish_chunk(
     if dw is not None:
         ce_grad_(logits, target, lse, kept.to(lse.dtype), vocab_start)
         dx.copy_(logits @ weight)
-        dw.add_(logits.t() @ x)
+        if dw.dtype == x.dtype:
+            torch.addmm(dw, logits.t(), x, out=dw)  # summed inside the product; 16 bits are summed in float32 behind it
+        else:
+            dw.add_(logits.t() @ x)
     return torch.where(kept, lse - hit, 0).sum()
 
 
