@@ -39,10 +39,11 @@ PLANS = {
     "full": spec(recompute="full", micro_batch_size=4),
     "offload": spec(offload=True, micro_batch_size=4),
 }
-FALLS = [("zero0", "zero1"), ("zero1", "zero2"), ("zero2", "zero3"), ("none", "selective"), ("selective", "full"),
-         ("none", "offload")]  # fmt: skip
-FALL_LIMIT = 1 / 3  # a layer at work holds an eighth of this small model whole, which the plan does not count
-PEAK_LIMIT = 0.10  # of plans whose peak is in their states
+FALLS = [("zero0", "zero1"), ("zero1", "zero2"), ("zero2", "zero3"), ("none", "selective")]
+FALL_LIMIT = 0.2
+# Plans that the cost model prices too high on a model this small: they must fall at least as far as it says.
+FALLS_FURTHER = [("selective", "full"), ("none", "offload")]
+PEAK_LIMIT = 0.10
 STATE_BYTES = 12  # float32 masters and two moments
 
 
@@ -68,7 +69,9 @@ def test_peaks_fall_as_predicted(tmp_path: Path) -> None:
     for more, less in FALLS:
         fall = (peak[more] - peak[less]) / (wanted[more] - wanted[less])
         assert fall == pytest.approx(1, abs=FALL_LIMIT), f"{more} -> {less}: {fall:.2f} of the predicted fall"
-    for name in ("zero0", "zero1", "zero2", "zero3"):
+    for more, less in FALLS_FURTHER:
+        assert peak[more] - peak[less] >= (1 - FALL_LIMIT) * (wanted[more] - wanted[less]) > 0, f"{more} -> {less}"
+    for name in ("zero0", "zero1", "zero2", "zero3", "none", "selective"):
         assert peak[name] == pytest.approx(wanted[name], rel=PEAK_LIMIT), name
     assert all(host[name] == 0 for name in PLANS if name not in ("host optimizer", "offload"))
     # The moments leave the device, the float32 shard stays: 8 of the 12 bytes a parameter that the plan takes away.
