@@ -37,7 +37,10 @@ class EngineSpec:
     memory per logit at the peak of the loss's backward. `bucket_params`: least parameters of a gradient-reduction or
     weight-gathering call, each of which pays the latency of a collective. `context_bytes`: CUDA context, communicator
     buffers and library workspaces. `gathers_copies`: forward reads copies of the weights that are gathered from the
-    shards that the optimizer steps on, at every ZeRO stage, and has no weights but these shards and copies (FSDP2).
+    shards that the optimizer steps on, at every ZeRO stage, and has no weights but these shards and copies; gradients
+    have no buffers, they exist from their backward on (FSDP2).
+    `transients_in_turn`: what only one layer's backward needs (its gathered weights, recomputed activations, gradients)
+    and what only the loss needs are not there at once; without it they add up.
     `keeps_received`: pipeline ranks have a buffer for all micro-batches that they receive (torch pipelining).
     """
 
@@ -65,6 +68,7 @@ class EngineSpec:
     overlap_ep: float = 0.0
     p2p_scatter: bool = False
     keeps_received: bool = False
+    transients_in_turn: bool = False
     overlap_p2p: float = 0.0
     overlap_p2p_interleaved: float = 0.0
     overlap_grad_reduce: float = 0.0
@@ -105,6 +109,7 @@ _ENGINES = (
         sp_saves_gathered=True,
         gathers_copies=True,
         keeps_received=True,
+        transients_in_turn=True,
         overlap_cp=0.8,
         overlap_grad_reduce=0.8,
         overlap_param_gather=0.8,

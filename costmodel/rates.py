@@ -6,7 +6,7 @@ once). The search and the estimate of a single plan (K = 1) both start here, so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from planner.costmodel import comm, compute
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.price import Array, LayerPrice, Machine, exposed
-from planner.costmodel.state import StateLayout, host_state_bytes, layer_sync_s, state_bytes
+from planner.costmodel.state import StateLayout, grad_bytes, host_state_bytes, layer_sync_s, state_bytes
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES
 
 
@@ -115,7 +115,17 @@ def build_rates(
     ]
     extra, act, host, work = (np.stack([o[i] for o in options]) for i in range(4))
     price_c = prices.classes
+    grads = [_late_grads(p.dense_params, p.routed_params, layout, pp * num_microbatches, machine) for p in price_c]
+    act = np.maximum(act, np.stack(grads)[:, None])
     tied = np.where(pp > 1, float(graph.tied_params) / _vocab_div(prices, graph), 0.0)
+    epilogue = _end(prices.epilogue, tied, layout, pp * num_microbatches, machine)
+    if machine.engine.transients_in_turn:
+        work = work + sum(_zero_bytes(prices, layout, machine))
+        gone = np.where(pp > 1, 0.0, epilogue.activation_bytes + epilogue.work_bytes)  # before the first layer's turn
+        work = np.maximum(work - gone, 0.0)
+        # Ranks are not told apart here: the last one of a pipeline adds both, less what any layer has.
+        both = np.where(pp > 1, np.minimum(work.min(axis=(0, 1)), epilogue.work_bytes), 0.0)
+        epilogue = replace(epilogue, work_bytes=epilogue.work_bytes - both)
     return Rates(
         forward_s_CK=np.stack([p.forward_s + f for p, (f, _) in zip(price_c, synced, strict=True)]),
         backward_s_CK=np.stack([p.backward_input_s + b for p, (_, b) in zip(price_c, synced, strict=True)]),
@@ -127,20 +137,32 @@ def build_rates(
         host_bytes_CSK=host,
         work_bytes_CSK=work,
         state_bytes_CK=np.stack(
-            [state_bytes(p.dense_params, p.routed_params, p.frozen_params, layout, machine) for p in price_c]
+            [
+                state_bytes(p.dense_params, p.routed_params, p.frozen_params, layout, machine) - late
+                for p, late in zip(price_c, grads, strict=True)
+            ]
         ),
         host_state_bytes_CK=np.stack(
             [host_state_bytes(p.dense_params, p.routed_params, layout, machine) for p in price_c]
         ),
         dense_CK=np.stack([p.dense_params for p in price_c]),
         routed_CK=np.stack([p.routed_params for p in price_c]),
-        prologue=_end(prices.prologue, np.zeros_like(tied), layout, machine),
-        epilogue=_end(prices.epilogue, tied, layout, machine),
+        prologue=_end(prices.prologue, np.zeros_like(tied), layout, pp * num_microbatches, machine),
+        epilogue=epilogue,
         fixed_bytes_K=_fixed_bytes(prices, layout, pp, vpp, num_microbatches, machine),
         p2p_s_K=p2p_s(boundary_bytes(prices), pp, vpp, machine),
         step_s_K=_step_s(tied, pp, machine),
         layout=layout,
     )
+
+
+def _late_grads(dense: Array, routed: Array, layout: StateLayout, work: Array, machine: Machine) -> Array:
+    """Gradients that take the place of activations in backward: there are none before, in the only micro-batch.
+
+    `work`: stages x micro-batches. A layer's share of the peak is then the larger of both, not their sum.
+    """
+    late = machine.engine.gathers_copies & (work == 1)
+    return np.where(late, grad_bytes(dense, routed, layout, machine), 0.0)
 
 
 def _synced(price: LayerPrice, layout: StateLayout, machine: Machine) -> tuple[Array, Array]:
@@ -163,6 +185,8 @@ def _options(price: LayerPrice, sync_f: Array, sync_b: Array, machine: Machine) 
         kind = RECOMPUTE_KINDS.index(strategy.recompute)
         saved, redo = price.saved[kind], price.redo[kind]
         work = keep * np.maximum(price.saved[0] - saved, 0.0)
+        if engine.transients_in_turn:  # gradients of the widest activations, as many as two of them
+            work = work + 0.5 * keep * price.saved[0]
         if not strategy.offload_activations:
             rows.append((redo, keep * saved, np.zeros_like(saved), work))
             continue
@@ -180,8 +204,9 @@ def _vocab_div(prices: Prices, graph: ModelGraph) -> Array:
     return ratio
 
 
-def _end(price: LayerPrice, tied: Array, layout: StateLayout, machine: Machine) -> EndRates:
+def _end(price: LayerPrice, tied: Array, layout: StateLayout, work: Array, machine: Machine) -> EndRates:
     dense = price.dense_params + tied
+    late = _late_grads(dense, price.routed_params, layout, work, machine)
     backward = price.backward_input_s + price.weight_s
     zero_f, zero_b = layer_sync_s(dense, price.routed_params, price.forward_s, backward, layout, machine)
     keep = 1.0 + machine.engine.fragmentation_frac
@@ -191,9 +216,9 @@ def _end(price: LayerPrice, tied: Array, layout: StateLayout, machine: Machine) 
         weight_s=price.weight_s,
         zero_f=zero_f,
         zero_b=zero_b,
-        state_bytes=state_bytes(dense, price.routed_params, price.frozen_params, layout, machine),
+        state_bytes=state_bytes(dense, price.routed_params, price.frozen_params, layout, machine) - late,
         host_bytes=host_state_bytes(dense, price.routed_params, layout, machine),
-        activation_bytes=keep * price.saved[0],
+        activation_bytes=np.maximum(keep * price.saved[0], late),
         work_bytes=keep * (price.loss_work_bytes + 0.5 * (price.saved[0] - price.loss_bytes)),
         dense=dense,
         routed=price.routed_params,
@@ -209,13 +234,24 @@ def _fixed_bytes(
     its later chunks' predecessors and gradients of all its chunks.
     """
     engine = machine.engine
-    largest = np.max(np.stack([p.dense_params + p.routed_params for p in prices.classes]), axis=0)
-    gathered = np.where(layout.zero >= 3, 2 * largest * engine.weight_bytes, 0.0)
-    reduced = np.where(layout.zero >= 2, largest * engine.grad_bytes, 0.0)
+    gathered, reduced = _zero_bytes(prices, layout, machine)
+    if engine.transients_in_turn:  # of the layers in their turn; the ends belong to the root, which stays gathered
+        first, last = prices.prologue.dense_params, prices.epilogue.dense_params
+        root = np.where(pp > 1, np.maximum(first, last), first + last)
+        gathered = np.where(layout.zero >= 3, root * engine.weight_bytes, 0.0)
+        reduced = np.where(layout.zero >= 2, last * engine.grad_bytes, 0.0)
     received = (2 * vpp - 1) * num_microbatches if engine.keeps_received else 2 * vpp
     buffers = np.where(pp > 1, received * boundary_bytes(prices), 0.0)
     total: Array = engine.context_bytes + gathered + reduced + buffers
     return total
+
+
+def _zero_bytes(prices: Prices, layout: StateLayout, machine: Machine) -> tuple[Array, Array]:
+    """(two gathered layers of ZeRO-3, one layer of full gradients of ZeRO-2 and 3)."""
+    engine = machine.engine
+    largest = np.max(np.stack([p.dense_params + p.routed_params for p in prices.classes]), axis=0)
+    gathered = np.where(layout.zero >= 3, 2 * largest * engine.weight_bytes, 0.0)
+    return gathered, np.where(layout.zero >= 2, largest * engine.grad_bytes, 0.0)
 
 
 def boundary_bytes(prices: Prices) -> Array:

@@ -61,10 +61,17 @@ def state_bytes(dense: Array, routed: Array, frozen: Array, layout: StateLayout,
     total = frozen * engine.weight_bytes
     for params, shard in ((dense, layout.shard), (routed, layout.routed_shard)):
         weights = _weight_bytes(shard, layout, machine)
-        grads = engine.grad_bytes / np.where(layout.zero >= 2, shard, 1.0)
         states = engine.optimizer_bytes / np.where(layout.zero >= 1, shard, 1.0)
-        total = total + params * (weights + grads + np.where(layout.offload_optimizer > 0, 0.0, states))
-    return total
+        total = total + params * (weights + np.where(layout.offload_optimizer > 0, 0.0, states))
+    return total + grad_bytes(dense, routed, layout, machine)
+
+
+def grad_bytes(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
+    """The gradients in `state_bytes`: whole until ZeRO-1."""
+    per_param = machine.engine.grad_bytes
+    sharded = layout.zero >= 2
+    total: Array = per_param * dense / np.where(sharded, layout.shard, 1.0)
+    return total + per_param * routed / np.where(sharded, layout.routed_shard, 1.0)
 
 
 def _weight_bytes(shard: Array, layout: StateLayout, machine: Machine) -> Array:

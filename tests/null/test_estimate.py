@@ -96,3 +96,25 @@ def test_model_flops_are_six_per_parameter_and_token_beside_attention() -> None:
     by_hand = tokens * (6 * weights + 6 * shape.num_layers * shape.seq_len * shape.hidden)
     assert got == pytest.approx(by_hand, rel=1e-12)
     assert GPT.tied
+
+
+def test_gradients_of_the_only_micro_batch_take_the_place_of_activations() -> None:
+    """FSDP2 allocates a gradient in its backward: with one micro-batch the peak is before there are any."""
+    machine = machine_for(graph(), load_cluster("h100"), get_engine("planner"), 8)
+    one, two = (
+        estimate(graph(), machine, plan(dp_shard=8, zero_stage=1, micro_batch_size=8, global_batch_size=64 * m))
+        for m in (1, 2)
+    )
+    layers = 12 * GPT.num_layers * GPT.hidden**2  # not the embedding: its gradients outweigh its activations
+    assert two.peak_memory_bytes - one.peak_memory_bytes == pytest.approx(4 * layers, rel=0.01)
+
+
+def test_a_pipeline_keeps_what_it_receives_of_every_micro_batch() -> None:
+    """Twice the micro-batches, twice the buffers: nothing else of a 1F1B pipeline grows with their number."""
+    machine = machine_for(graph(), load_cluster("h100"), get_engine("planner"), 8)
+    memory = [
+        estimate(graph(), machine, plan(pp=4, dp_replicate=2, global_batch_size=2 * m)).ranks[0].memory for m in (8, 16)
+    ]
+    boundary = 2048 * 1024 * 2
+    assert memory[1].peak_bytes - memory[0].peak_bytes == pytest.approx(8 * boundary)
+    assert memory[0].fixed_bytes - machine.engine.context_bytes == pytest.approx(8 * boundary)

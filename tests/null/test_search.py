@@ -194,14 +194,14 @@ CASES = [
     Case(graph="dense", gpus=4, batch=4, memory_gb=0.7, fixed=(("pp", 1), ("tp", 2)), binds=True),
     Case(graph="dense", gpus=2, batch=4, memory_gb=2.5, fixed=(("pp", 2), ("micro_batch_size", 1), ("zero_stage", 0)),
          offload=True, host_gb=0.4, binds=True),
-    Case(graph="dense", gpus=8, batch=8, memory_gb=1.0, forbidden=NO_OPTIMIZER, binds=True,
+    Case(graph="dense", gpus=8, batch=8, memory_gb=1.15, forbidden=NO_OPTIMIZER, binds=True,
          fixed=(("pp", 4), ("tp", 1), ("ulysses", 1), ("zero_stage", 1))),
     Case(graph="deep", gpus=16, batch=16, memory_gb=1.3, forbidden=NO_OPTIMIZER, binds=True,
          fixed=(("pp", 4), ("tp", 2), ("cp", 1), ("micro_batch_size", 1), ("sp", 1), ("vocab_parallel", 1),
                 ("schedule", "1f1b"), ("zero_stage", 1))),
     Case(graph="mixed", gpus=4, batch=4, memory_gb=80, forbidden=NO_OPTIMIZER,
          fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("ep", 2), ("ring", 1), ("zero_stage", 1))),
-    Case(graph="mixed", gpus=4, batch=8, memory_gb=1.6, forbidden=NO_OPTIMIZER, binds=True,
+    Case(graph="mixed", gpus=4, batch=8, memory_gb=2.2, forbidden=NO_OPTIMIZER, binds=True,
          fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("cp", 1), ("ep", 2))),
 ]  # fmt: skip
 
