@@ -123,7 +123,9 @@ def _measure(p: Parallel, rank: int) -> RankResult:
     sent: Counter[str] = Counter()
     m = spec.num_microbatches
     # The first micro-batch gathers what the step keeps, the last one reduces; those between are alike.
-    for times, last in [(1, False), (m - 2, False), (1, True)][max(0, 3 - m) :]:
+    for times, last in [(min(m - 1, 1), False), (max(m - 2, 0), False), (1, True)]:
+        if not times:
+            continue
         zero.before_backward(p.model, spec, last=last and spec.pp == 1)
         with Witness() as seen, mock.patch.object(recompute, "watched", seen.copied):
             outs = [_forward(p, stage, seen) for stage in stages_of(spec, rank)]

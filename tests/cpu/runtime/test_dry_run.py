@@ -20,7 +20,7 @@ PLANS = {
     "tp sp zero1": spec(tp=2, dp_shard=2, zero_stage=1, **_SP),
     "pp full": spec(tp=2, pp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP),
     "ring selective": spec(tp=2, ring=2, dp_shard=2, zero_stage=1, recompute="selective", **_SP),
-    "ulysses full": spec(ulysses=2, dp_shard=2, zero_stage=2, recompute="full"),
+    "ulysses full": spec(ulysses=2, dp_shard=2, zero_stage=2, recompute="full", global_batch_size=4),  # 2 a rank
     "hundreds": spec(tp=2, pp=2, dp_replicate=16, dp_shard=8, zero_stage=1, global_batch_size=1024, **_SP),
 }
 
