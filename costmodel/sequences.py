@@ -125,7 +125,7 @@ def attention_at(facts: ModelFacts, seq_len: int) -> ModelFacts:
         )
         return replace(
             layer, matmuls=(), attentions=ops, traffic=(), selective_traffic=(), gathered_bytes=(), row_bytes=(),
-            vocab_row_bytes=0.0, vocab_gathered_bytes=0.0, permute_bytes=(), dropped_bytes=0.0, launches=0,
+            vocab_row_bytes=0.0, vocab_gathered_bytes=0.0, permute_bytes=(), dropped_bytes=0.0, launches=0, last_gemm=None,
         )  # fmt: skip
 
     return _each(facts, only)
@@ -265,7 +265,8 @@ def _linear(
         dp_shard=(ranks if sharded else 1) * one, zero=shape.zero_stage * one,
         offload_optimizer=float(shape.offload_optimizer) * one,
     )  # fmt: skip
-    rates = build_rates(graph, price_model(lean, keys, machine), layout, shape.pp * one, one, one, machine)
+    pipeline = (shape.pp * one, one, 2 * one)  # of two micro-batches the second finds gradients there
+    rates = build_rates(graph, price_model(lean, keys, machine), layout, *pipeline, machine)
     return _stages(graph, rates, shape.pp), rates
 
 

@@ -340,7 +340,7 @@ def test_limits_are_kept() -> None:
 
 def test_combinations_are_kept_apart() -> None:
     graph = dense_graph()
-    machine = small_machine(graph, 4, 1.6e9)
+    machine = small_machine(graph, 4, 1.8e9)
     fixed: dict[str, int | str] = {"pp": 2, "tp": 1, "cp": 1}
     free = search(graph, machine, 8, Limits(fixed=fixed), EXACT).plans[0]
     used = {name for layer in free.spec.layers for name in strategy_uses(layer)} | {free.spec.schedule.value}
@@ -374,7 +374,7 @@ def test_a_slow_strategy_still_fits() -> None:
 
 def test_schedules_that_exclude_options_do_not_exclude_them_for_others() -> None:
     graph = dense_graph()
-    machine = small_machine(graph, 4, 1.6e9)
+    machine = small_machine(graph, 4, 1.8e9)
     fixed: dict[str, int | str] = {"pp": 2, "tp": 1, "cp": 1, "zero": 1}
     apart = tuple(frozenset({kind, s}) for kind in ("zb_h1", "zb_v") for s in ("selective", "full"))
     alone = [

@@ -44,9 +44,11 @@ def pick(found: Menu, ulysses: int, ring: int, strategy: LayerStrategy = STRATEG
 
 
 def plan(ulysses: int, ring: int, micro: int, strategy: LayerStrategy) -> PlanSpec:
+    """Two micro-batches: room is for steps in which gradients are there while activations are."""
     dp = 16 // (ulysses * ring)
     return PlanSpec(
-        ulysses=ulysses, ring=ring, dp_shard=dp, zero_stage=1, micro_batch_size=micro, global_batch_size=dp * micro,
+        ulysses=ulysses, ring=ring, dp_shard=dp, zero_stage=1, micro_batch_size=micro,
+        global_batch_size=2 * dp * micro,
         stage_layers=((0, 8),), layers=(strategy,) * 8,
     )  # fmt: skip
 
