@@ -89,6 +89,8 @@ def main(args: argparse.Namespace) -> int:
     smaller = {} if given else {part: _profile(args, ranks, graphs, progress, part) for part in parts}
     cases = [_case(args, model, graphs[model], profile, n) for model in models for n in ranks]
     rows = _rows(cases, _run_all(args, cases, progress))
+    if not any(row.rounds_s for row in rows):
+        raise UserError(f"no plan ran to its end; the first: {rows[0].failed or 'not started'}")
     curve = [_point(args, 1.0, profile, rows)]
     curve += [_point(args, part, one, _predicted_again(cases, rows, one)) for part, one in smaller.items()]
     facts = {
