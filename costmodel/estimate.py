@@ -13,9 +13,9 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.facts import LayerFacts, layer_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.keys import Array, Keys, Machine
 from planner.costmodel.layer_times import component_evidence, scaled_to_measured
 from planner.costmodel.pipeline import in_flight, pipeline_s
-from planner.costmodel.price import Array, Keys, Machine
 from planner.costmodel.rates import Prices, Rates, build_rates
 from planner.costmodel.state import StateLayout, StepSync, step_sync
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES, PlanSpec

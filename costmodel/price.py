@@ -5,82 +5,23 @@ Every function broadcasts over `Keys`, arrays of equal shape (K,). Times are for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.costmodel import comm, compute
-from planner.costmodel.engine import EngineSpec
+from planner.costmodel import compute, layer_comm
 from planner.costmodel.facts import LayerFacts, LayoutBytes, Traffic
-from planner.costmodel.graph import Attention, Op, OpKind, TpCut
-from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.graph import Op, OpKind, TpCut
 from planner.costmodel.kernels import BACKWARD_TRAFFIC
+from planner.costmodel.keys import Array, Keys, Machine
 
-Array = NDArray[np.float64]
 HOST_NORM = 4.0
 # What a GEMM takes in a training step over the same GEMM alone in a benchmark: clocks under a power limit that other
 # kernels use up too, cold caches, transposed operands in backward (MODELLED; fitted by reports/calibrate_engines.py).
 # 8-bit GEMMs need no more: their benchmark includes a whole quantisation that training shares between GEMMs.
 IN_STEP_GEMM = 1.14
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """Where and how a plan runs: the cluster, the part of its link tiers in use, the engine, the dtype."""
-
-    cluster: ClusterSpec
-    domains: tuple[int, ...]
-    num_gpus: int
-    engine: EngineSpec
-    dtype: str
-    dtype_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Keys:
-    """The choices that a layer's own time and activations depend on, arrays of shape (K,).
-
-    `sp`, `vocab_parallel` and `piped` (pp > 1) are 0/1; cp = ulysses * ring.
-    """
-
-    tp: Array
-    sp: Array
-    ulysses: Array
-    ring: Array
-    ep: Array
-    micro_batch_size: Array
-    vocab_parallel: Array
-    piped: Array = field(default_factory=lambda: np.zeros(1))
-
-    @property
-    def cp(self) -> Array:
-        """Context-parallel degree."""
-        return self.ulysses * self.ring
-
-    @property
-    def tokens(self) -> Array:
-        """Tokens per rank over the traced ones."""
-        return self.micro_batch_size / self.cp
-
-    @property
-    def outer(self) -> Array:
-        """Ranks that share a residual-stream tensor: tp under sequence parallelism, else 1."""
-        return np.where(self.sp > 0, self.tp, 1.0)
-
-    @property
-    def vocab_tp(self) -> Array:
-        """Ranks that share the vocabulary."""
-        return np.where(self.vocab_parallel > 0, self.tp, 1.0)
-
-    def cut(self, cut: TpCut) -> Array:
-        """By how much tensor parallelism divides the work of an op cut this way."""
-        if cut is TpCut.REPLICATED:
-            return np.ones_like(self.tp)
-        if cut is TpCut.OUTER:
-            return self.outer
-        return self.vocab_tp if cut is TpCut.VOCAB else self.tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +85,6 @@ class LayerPrice:
         return LayerPrice(**values)
 
 
-def exposed(comm_s: Array, compute_s: Array, overlap: float) -> Array:
-    """What is left of `comm_s` when a fraction `overlap` of the possible hiding really happens."""
-    hidden: Array = comm_s - overlap * np.minimum(comm_s, compute_s)
-    return hidden
-
-
 def host_bound_s(busy_s: Array, host_s: Array, blocking: bool) -> Array:
     """Seconds that a device waits for a host that needs `host_s` to issue what takes it `busy_s`.
 
@@ -169,13 +104,13 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     attention_f, attention_b = _attention(facts, keys, machine)
     memory_f = _traffic(facts.traffic, keys, machine) + _dropout(facts, keys, machine)
     memory_b = BACKWARD_TRAFFIC * memory_f
-    tp_f, tp_b = _tensor_parallel(facts, keys, machine, gemm_f, gemm_b + gemm_w)
-    cp_f, cp_b = _context_parallel(facts, keys, machine, attention_f, attention_b)
-    ep_f = _expert_parallel(facts, keys, machine, gemm_f)
+    tp_f, tp_b = layer_comm.tensor_parallel_s(facts, keys, machine, gemm_f, gemm_b + gemm_w)
+    cp_f, cp_b = layer_comm.context_parallel_s(facts, keys, machine, attention_f, attention_b)
+    ep_f = layer_comm.expert_parallel_s(facts, keys, machine, gemm_f)
     dense, routed, frozen = _params(facts, keys)
     accumulated = (dense + routed) * machine.engine.accumulate_bytes
     accumulate_w = compute.memory_bound_s(machine.cluster.device, accumulated, 0)
-    floor = facts.launches * machine.engine.host_launch_s + _host_collectives(facts, keys, machine)
+    floor = facts.launches * machine.engine.host_launch_s + layer_comm.host_collectives_s(facts, keys, machine)
     blocking = machine.engine.blocking_launches
     launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor, blocking)
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
@@ -185,7 +120,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     if facts.selective_attention:
         selective = selective + attention_f
     if machine.engine.selective_gathers_again:
-        gathers = sum((_gather_s(num_bytes, keys, machine) for num_bytes in facts.gathered_bytes), start=zero)
+        gathers = sum((layer_comm.gather_s(num_bytes, keys, machine) for num_bytes in facts.gathered_bytes), start=zero)
         selective = selective + (1 - machine.engine.overlap_tp) * gathers
     full = gemm_f + attention_f + memory_f + launch_f + tp_f + cp_f + ep_f - _not_redone(facts, keys, machine)
     return LayerPrice(
@@ -200,15 +135,6 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     )  # fmt: skip
 
 
-def _host_collectives(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
-    """Seconds that the host needs to issue the tensor-parallel collectives of a forward pass."""
-    engine = machine.engine
-    crossing = (keys.piped > 0) & (machine.num_gpus > machine.cluster.node_size)
-    call_s = engine.host_collective_s + np.where(crossing, engine.host_collective_crossing_s * keys.tp, 0.0)
-    collectives = len(facts.row_bytes) + len(facts.gathered_bytes) * (keys.sp > 0)
-    return np.where(keys.tp > 1, collectives * call_s, 0.0)
-
-
 def _not_redone(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
     """Seconds of forward that full recomputation leaves out: the layer's last GEMM and the sum of its partial results.
 
@@ -220,7 +146,7 @@ def _not_redone(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
     dtype, slower = _gemm_dtype(last, machine)
     seconds: Array = slower * compute.gemm_s(machine.cluster.device, dtype, *rank_gemm(last, keys))
     if last.cut is TpCut.ROW:
-        seconds = seconds + (1 - machine.engine.overlap_tp) * _reduce_s(facts.row_bytes[-1], keys, machine)
+        seconds = seconds + (1 - machine.engine.overlap_tp) * layer_comm.reduce_s(facts.row_bytes[-1], keys, machine)
     return seconds
 
 
@@ -315,104 +241,6 @@ def _dropout(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
     passes = 0.0 if machine.engine.fuses_elementwise else 2.0
     num_bytes = facts.dropped_bytes * (passes + 1 / machine.dtype_bytes) * keys.tokens / keys.outer
     return compute.memory_bound_s(machine.cluster.device, num_bytes, 0)
-
-
-def _tensor_parallel(
-    facts: LayerFacts, keys: Keys, machine: Machine, forward_s: Array, backward_s: Array
-) -> tuple[Array, Array]:
-    """Exposed TP communication (Shoeybi et al. 2019, section 3; with SP Korthikanti et al. 2022, section 4.2).
-
-    Without SP: all-reduce of row outputs forward, of column inputs' gradients backward. With SP: all-gather
-    of column inputs and reduce-scatter of row outputs forward; the mirror image backward, plus the gather of
-    column inputs again unless the engine saved them. What a column-parallel GEMM communicates in backward may run
-    beside its own weight gradient (`overlap_tp_column`).
-    """
-    redo_gather = 0.0 if machine.engine.sp_saves_gathered else 1.0
-
-    def reduce_s(num_bytes: float) -> Array:
-        return _reduce_s(num_bytes, keys, machine)
-
-    def gather_s(num_bytes: float) -> Array:
-        return _gather_s(num_bytes, keys, machine)
-
-    fwd, bwd, beside = np.zeros_like(keys.tp), np.zeros_like(keys.tp), np.zeros_like(keys.tp)
-    for num_bytes in facts.row_bytes:
-        fwd = fwd + reduce_s(num_bytes)
-        bwd = bwd + gather_s(num_bytes)
-    for num_bytes in facts.gathered_bytes:
-        gather = gather_s(num_bytes)
-        fwd = fwd + gather
-        beside = beside + reduce_s(num_bytes) + redo_gather * gather
-    shared = keys.vocab_parallel > 0
-    if facts.vocab_row_bytes:
-        fwd = fwd + np.where(shared, reduce_s(facts.vocab_row_bytes), 0.0)
-        bwd = bwd + np.where(shared, gather_s(facts.vocab_row_bytes), 0.0)
-    if facts.vocab_gathered_bytes:
-        gather = gather_s(facts.vocab_gathered_bytes)
-        fwd = fwd + gather
-        bwd = bwd + np.where(shared, reduce_s(facts.vocab_gathered_bytes) + redo_gather * gather, gather)
-    engine = machine.engine
-    beside = exposed(beside, backward_s, max(engine.overlap_tp_column, engine.overlap_tp))
-    return exposed(fwd, forward_s, engine.overlap_tp), exposed(bwd, backward_s, engine.overlap_tp) + beside
-
-
-def _reduce_s(num_bytes: float, keys: Keys, machine: Machine) -> Array:
-    """Sum over the TP ranks of a tensor of `num_bytes`: reduce-scatter under SP, else all-reduce."""
-    args = (machine.cluster, machine.domains, num_bytes * keys.tokens, np.ones_like(keys.tp), keys.tp)
-    return np.where(keys.sp > 0, comm.reduce_scatter_s(*args), comm.all_reduce_s(*args))
-
-
-def _gather_s(num_bytes: float, keys: Keys, machine: Machine) -> Array:
-    """All-gather over the TP ranks of a tensor of `num_bytes` under SP, 0 without."""
-    args = (machine.cluster, machine.domains, num_bytes * keys.tokens, np.ones_like(keys.tp), keys.tp)
-    return np.where(keys.sp > 0, comm.all_gather_s(*args), 0.0)
-
-
-def _context_parallel(
-    facts: LayerFacts, keys: Keys, machine: Machine, attention_f: Array, attention_b: Array
-) -> tuple[Array, Array]:
-    """Exposed CP communication of the attention ops.
-
-    Ulysses (Jacobs et al. 2023, section 3): all-to-all of q, k, v before and of the output after attention,
-    both ways; KV heads are replicated up to the degree. Ring (Liu et al. 2023, section 3): ring-1 hops of the
-    local K and V forward; K, V and their gradients backward; hidden behind attention.
-    """
-    fwd, bwd = np.zeros_like(keys.tp), np.zeros_like(keys.tp)
-    for op in facts.attentions:
-        a = op.attention
-        assert a is not None
-        u_fwd, hop_bytes = attention_bytes(a, keys, machine)
-        sizes = (keys.tp, keys.ulysses)
-        calls = [comm.all_to_all_s(machine.cluster, machine.domains, b, *sizes) for b in u_fwd]
-        ulysses_s = np.where(keys.ulysses > 1, calls[0] + calls[1], 0.0)
-        hop = comm.send_recv_s(machine.cluster, machine.domains, hop_bytes, keys.tp * keys.ulysses)
-        ring_f = np.where(keys.ring > 1, (keys.ring - 1) * hop, 0.0)
-        overlap = machine.engine.overlap_cp
-        fwd = fwd + ulysses_s + exposed(ring_f, attention_f, overlap)
-        bwd = bwd + ulysses_s + exposed(2 * ring_f, attention_b, overlap)
-    return fwd, bwd
-
-
-def attention_bytes(a: Attention, keys: Keys, machine: Machine) -> tuple[tuple[Array, Array], Array]:
-    """((bytes of q,k,v and of the output in a Ulysses all-to-all), bytes of K and V per ring hop), per rank."""
-    heads = a.q_heads / keys.tp
-    kv_heads = np.maximum(a.kv_heads, keys.tp * keys.ulysses) / keys.tp
-    kv_heads = np.minimum(kv_heads, np.maximum(heads, 1.0))
-    rows = a.batch * keys.micro_batch_size * machine.dtype_bytes
-    q_rows, kv_rows = rows * a.q_len / keys.cp, rows * a.kv_len / keys.cp
-    kv_bytes = kv_rows * kv_heads * (a.head_dim_qk + a.head_dim_v)
-    before = q_rows * heads * a.head_dim_qk + kv_bytes
-    return (before, q_rows * heads * a.head_dim_v), kv_bytes
-
-
-def _expert_parallel(facts: LayerFacts, keys: Keys, machine: Machine, forward_s: Array) -> Array:
-    """Exposed all-to-all of dispatch and combine over the EP group (Lepikhin et al. 2020, section 3.2)."""
-    total = np.zeros_like(keys.tp)
-    for num_bytes in facts.permute_bytes:
-        size = num_bytes * keys.tokens
-        call = comm.all_to_all_s(machine.cluster, machine.domains, size, keys.tp, keys.ep)
-        total = total + np.where(keys.ep > 1, call, 0.0)
-    return exposed(total, forward_s, machine.engine.overlap_ep)
 
 
 def _saved(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from planner.costmodel import comm, compute
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Array, LayerPrice, Machine, exposed
+from planner.costmodel.keys import Array, Machine
+from planner.costmodel.layer_comm import exposed
+from planner.costmodel.price import LayerPrice
 from planner.costmodel.state import StateLayout, grad_bytes, host_state_bytes, layer_sync_s, state_bytes
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES
 

@@ -22,7 +22,7 @@ from planner.costmodel import compute
 from planner.costmodel.estimate import ModelFacts, price_model
 from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Array, Keys, Machine
+from planner.costmodel.keys import Array, Keys, Machine
 from planner.costmodel.rates import Rates, build_rates
 from planner.costmodel.state import StateLayout, step_sync
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy

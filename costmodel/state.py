@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.costmodel import comm, compute
-from planner.costmodel.price import Array, Machine, exposed
+from planner.costmodel.keys import Array, Machine
+from planner.costmodel.layer_comm import exposed
 
 # Buckets grow with the group so that latency does not rule them (Megatron-Core: max(40e6, 1e6 x dp) parameters).
 BUCKET_PARAMS_PER_RANK = 1e6

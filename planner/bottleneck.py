@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner import knapsack
-from planner.costmodel.price import Array
+from planner.costmodel.keys import Array
 
 IntArray = NDArray[np.int64]
 TIE = 1 + 1e-12

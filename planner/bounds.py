@@ -13,8 +13,8 @@ import numpy as np
 
 from planner.capacity import Caps, Group, rank_groups
 from planner.costmodel.graph import ModelGraph
+from planner.costmodel.keys import Array, Machine
 from planner.costmodel.pipeline import ScheduleKind
-from planner.costmodel.price import Array, Machine
 from planner.costmodel.rates import Prices, Rates, boundary_bytes, p2p_s
 from planner.costmodel.state import step_sync
 from planner.outline import (

@@ -19,7 +19,7 @@ import numpy as np
 from planner.buckets import Edges, best_edges, bucket_of
 from planner.costmodel.estimate import model_facts
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, menu, without_dominated
 from planner.dispatch import Dispatch, dispatch, static_dispatch
 from planner.lengths import Lengths

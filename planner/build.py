@@ -8,7 +8,7 @@ from planner.costmodel.cost import CostBreakdown
 from planner.costmodel.estimate import Estimate, estimate, model_facts
 from planner.costmodel.graph import LayerClass, ModelGraph, TpCut
 from planner.costmodel.hardware import cluster_sha256
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.plan import (
     Alternative,

@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.bottleneck import Partition
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.rates import Prices, Rates, build_rates
 from planner.costmodel.state import StateLayout
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from planner.costmodel import pipeline
 from planner.costmodel.graph import ModelGraph
+from planner.costmodel.keys import Array
 from planner.costmodel.pipeline import ScheduleKind
-from planner.costmodel.price import Array
 from planner.costmodel.rates import Rates
 from planner.outline import IDEAL, Shape, class_counts
 from planner.space import SCHEDULES, IntArray

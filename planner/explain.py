@@ -9,7 +9,7 @@ from planner.costmodel.estimate import estimate
 from planner.costmodel.evidence import Quantity
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.plan import Part, Plan
 from planner.render import Grid, percent

@@ -57,7 +57,7 @@ def dispatching_of(plan: Plan, num_gpus: int | None = None) -> Dispatching:
     }
     degrees = tuple(sorted({(ulysses, ring) for ulysses, ring, _ in named}))
     usable = inputs.cluster.device.memory_bytes.value * (1 - inputs.memory_margin_frac)
-    facts = model_facts(inputs.graph, inputs.engine)
+    facts = model_facts(inputs.graph, machine.engine)
     tokens = wanted.tokens_per_step * gpus / inputs.num_gpus
     full = menu(inputs.graph, facts, machine, shape, degrees, wanted.longest_tokens, tokens, usable)
     groups = tuple(group for group in full.groups if (group.ulysses, group.ring, group.strategy) in named)

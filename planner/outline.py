@@ -11,8 +11,9 @@ import numpy as np
 
 from planner.costmodel import pipeline
 from planner.costmodel.graph import ModelGraph
+from planner.costmodel.keys import Array
 from planner.costmodel.pipeline import ScheduleKind
-from planner.costmodel.price import Array, LayerPrice
+from planner.costmodel.price import LayerPrice
 from planner.costmodel.rates import Prices, Rates
 from planner.space import SCHEDULES, Cells, IntArray
 

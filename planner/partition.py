@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from planner import knapsack
 from planner.bottleneck import TIE, Late, Objective, Partition, Solved, Tables, search_caps
+from planner.costmodel.keys import Array, Machine
 from planner.costmodel.pipeline import ScheduleKind, in_flight, rows
-from planner.costmodel.price import Array, Machine
 from planner.costmodel.rates import EndRates, Rates
 from planner.costmodel.state import step_sync
 from planner.stages import even_counts, stage_ranks, stage_sizes

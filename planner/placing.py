@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.costmodel.price import Array
+from planner.costmodel.keys import Array
 from planner.costmodel.sequences import Menu
 
 IntArray = NDArray[np.int64]

@@ -16,7 +16,7 @@ import numpy as np
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.interval import PLACEMENTS, has_experts, interval_of, placement_of
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.search import SearchResult
 from planner.space import BoolArray, Cells, Limits

@@ -19,7 +19,7 @@ from planner import bounds, outline
 from planner.candidate import Candidates, candidate_rates, plan_spec
 from planner.costmodel.estimate import model_facts, price_model
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Array, Keys, Machine
+from planner.costmodel.keys import Array, Keys, Machine
 from planner.costmodel.rates import Prices, Rates
 from planner.costmodel.strategy import PlanSpec
 from planner.partition import Inner, least_overflow_bytes, solve

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from planner.costmodel.estimate import model_facts, price_model, spec_keys, spec_layout
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.rates import EndRates, Rates, build_rates
 from planner.costmodel.simulate import Simulation, simulate
 from planner.costmodel.state import step_sync

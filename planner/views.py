@@ -9,7 +9,7 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.interval import COVERAGE_FRAC, PLACEMENTS, Interval, has_experts, interval_of, placement_of
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.plan import Part, Plan
 from planner.render import GIB, Grid, count, gib, percent, seconds

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from planner.build import Job
 from planner.costmodel.estimate import machine_for
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.search import SearchOptions, search
 from planner.space import Limits
 

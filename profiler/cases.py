@@ -15,8 +15,9 @@ import numpy as np
 from planner.costmodel.comm import group_place
 from planner.costmodel.graph import LayerClass, ModelGraph
 from planner.costmodel.hardware import COLLECTIVES, ClusterSpec
+from planner.costmodel.keys import Keys
 from planner.costmodel.layer_times import WAYS, layer_name
-from planner.costmodel.price import Keys, rank_gemm
+from planner.costmodel.price import rank_gemm
 from planner.costmodel.profile import DIMS, NAMES
 
 MICRO_BATCHES = (1, 2, 4, 8)

@@ -13,7 +13,7 @@ from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import Estimate, estimate_many, machine_for
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.profile import Profile, profile_sha256
 from planner.costmodel.profiled import fit_cluster, fit_engine
 from planner.costmodel.strategy import PlanSpec

@@ -9,7 +9,9 @@ from planner.costmodel.engine import EngineSpec
 from planner.costmodel.estimate import machine_for, model_facts, price_model, spec_keys
 from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import LayerClass, OpKind, TpCut
-from planner.costmodel.price import Keys, LayerPrice, Machine, attention_bytes
+from planner.costmodel.keys import Keys, Machine
+from planner.costmodel.layer_comm import attention_bytes
+from planner.costmodel.price import LayerPrice
 from planner.costmodel.strategy import RECOMPUTE_KINDS, LayerStrategy, PlanSpec
 from planner.plan import Plan
 

@@ -12,8 +12,8 @@ from planner.costmodel.engine import ENGINES, EngineSpec, get_engine
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import Machine
 from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.errors import UserError
 from planner.files import check_writable, read_profile, write_atomic

@@ -11,7 +11,7 @@ from planner.check import check_model, check_structure, problems
 from planner.commands import arguments
 from planner.commands.sequences import sequence_parts
 from planner.costmodel.estimate import Estimate, estimate
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import UserError
 from planner.explain import binding_lines, compare_leaves, sensitivities, time_grid, why_not

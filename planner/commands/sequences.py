@@ -12,7 +12,7 @@ from planner.bucketed import LengthOptions, LengthResult, NothingHolds, search_l
 from planner.build import Job, build_plan
 from planner.check import check_plan, problems
 from planner.commands import arguments
-from planner.costmodel.price import Machine
+from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import InfeasibleError, UserError
 from planner.lengths import Lengths

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from planner.costmodel.graph import ModelGraph
-from planner.costmodel.price import Array, Keys
+from planner.costmodel.keys import Array, Keys
 from planner.costmodel.strategy import LayerStrategy, PlanSpec
 from planner.reports.shapes import Shape, build_graph
 

@@ -12,9 +12,9 @@ import pytest
 from planner.candidate import Candidates, candidate_rates
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import machine_for, model_facts, price_model
+from planner.costmodel.keys import Keys
 from planner.costmodel.pipeline import in_flight
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import Keys
 from planner.costmodel.state import step_sync
 from planner.partition import Inner, solve
 from planner.reports.shapes import Shape, build_graph

@@ -11,8 +11,9 @@ from shapes_for_tests import GPT, LLAMA, graph, keys, one
 from planner.costmodel import comm, compute
 from planner.costmodel.engine import EngineSpec, get_engine
 from planner.costmodel.facts import layer_facts
+from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import IN_STEP_GEMM, LayerPrice, Machine, host_bound_s, price_layer
+from planner.costmodel.price import IN_STEP_GEMM, LayerPrice, host_bound_s, price_layer
 from planner.reports.shapes import Shape
 
 

@@ -19,9 +19,9 @@ from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import estimate_many, machine_for, model_facts
 from planner.costmodel.graph import LayerRun, ModelGraph
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.keys import Machine
 from planner.costmodel.pipeline import ScheduleKind, schedule_problem
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import Machine
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
 from planner.reports.shapes import Shape, build_graph
 from planner.search import Progress, SearchOptions, SearchResult, search

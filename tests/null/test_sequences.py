@@ -11,8 +11,8 @@ import pytest
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import estimate, machine_for, model_facts
 from planner.costmodel.graph import ModelGraph
+from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import Machine
 from planner.costmodel.sequences import DataShape, GroupCost, Menu, menu
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
 from planner.reports.shapes import Shape, build_graph

@@ -10,8 +10,8 @@ from shapes_for_tests import one
 from planner.costmodel import comm
 from planner.costmodel.engine import get_engine
 from planner.costmodel.hardware import Table
+from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.price import Machine
 from planner.costmodel.state import StateLayout, gather_s, replicate_s, scatter_s, state_bytes, step_sync
 
 NONE = one(0)
