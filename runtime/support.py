@@ -66,7 +66,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         names=("selective", "zero-bubble"),
         used=lambda s: s.schedule in _ZERO_BUBBLE and any(x.recompute == "selective" for x in s.layers),
-        reason="torch's selective checkpoint allows one backward pass, zero-bubble schedules make two",
+        reason="selective recomputation hands out what it kept once, zero-bubble schedules ask for it twice",
     ),
     Combination(
         names=("zero2 or zero3", "zero-bubble"),
@@ -76,7 +76,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         names=("selective", "offload_activations"),
         used=lambda s: any(x.recompute == "selective" and x.offload_activations for x in s.layers),
-        reason="torch's selective checkpoint keeps its tensors where no hook can move them",
+        reason="selective recomputation keeps its tensors itself, where no hook of autograd moves them",
     ),
 )
 
