@@ -71,16 +71,37 @@ def _turns(ctx: Context, q: torch.Tensor, causal: bool) -> Ring:
     return whole_sequence(q.shape[2] * ctx.spec.ring, ctx.ring_rank, ctx.spec.ring, causal, q.device)
 
 
+class _Ulysses(torch.autograd.Function):
+    """(b, s, h, d) -> (b, n s, h/n, d) or, with `back`, the inverse; each is the other's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, group: Any, back: bool) -> Any:
+        ctx.group, ctx.back = group, back
+        return _exchange(x, group, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return _exchange(grad, ctx.group, not ctx.back), None, None
+
+
+def _exchange(x: torch.Tensor, group: dist.ProcessGroup, back: bool) -> torch.Tensor:
+    pack, unpack = (
+        (exchange.pack_sequence, exchange.unpack_heads) if back else (exchange.pack_heads, exchange.unpack_sequence)
+    )
+    with torch._C._AutoDispatchBelowAutograd():  # the gradient is ours: the ops' own costs more host time
+        return unpack(c.exchange(pack(x, group.size()), None, None, group))
+
+
 def _heads_to_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """(b, h, s, d) -> (b, h/n, n s, d): rank i gets head block i of every rank's sequence."""
-    got = c.all_to_all(exchange.pack_heads(x.transpose(1, 2), group.size()), group)
-    return exchange.unpack_sequence(got).transpose(1, 2)
+    out: torch.Tensor = _Ulysses.apply(x.transpose(1, 2), group, False)
+    return out.transpose(1, 2)
 
 
 def _sequence_to_heads(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The inverse of `_heads_to_sequence`."""
-    got = c.all_to_all(exchange.pack_sequence(x.transpose(1, 2), group.size()), group)
-    return exchange.unpack_heads(got).transpose(1, 2)
+    out: torch.Tensor = _Ulysses.apply(x.transpose(1, 2), group, True)
+    return out.transpose(1, 2)
 
 
 @torch.library.custom_op("planner::ring_attention", mutates_args=())

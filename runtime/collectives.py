@@ -1,4 +1,4 @@
-"""Collectives that autograd sees, over torch's functional collectives.
+"""Collectives that autograd sees, over the ops of torch's functional collectives.
 
 Convention on the TP axis: a replicated value has its FULL gradient on every rank (Shoeybi et al. 2019,
 Megatron-LM, section 3: the conjugate operators f and g). On meta tensors only shapes are computed.
@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as fc
+import torch.distributed._functional_collectives  # noqa: F401  # loads the ops
 
-# Named *_single from torch 2.13 on.
-_gather_single = getattr(fc, "all_gather_single", None) or fc.all_gather_tensor
-_scatter_single = getattr(fc, "reduce_scatter_single", None) or fc.reduce_scatter_tensor
+_OPS = torch.ops._c10d_functional
 
 
 _parts = [False]
@@ -37,9 +35,16 @@ def makes_parts() -> bool:
     return _parts[0]
 
 
+def _call(op: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """Run a collective and wait for it. Autograd is ours alone: torch's own for these ops costs more host time."""
+    with torch._C._AutoDispatchBelowAutograd():
+        out: torch.Tensor = _OPS.wait_tensor(op(x.contiguous(), *args))
+        return out
+
+
 def all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Sum over the group."""
-    return x if x.is_meta or group.size() == 1 else fc.wait_tensor(fc.all_reduce(x.contiguous(), "sum", group))
+    return x if x.is_meta or group.size() == 1 else _call(_OPS.all_reduce, x, "sum", group.group_name)
 
 
 def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
@@ -48,14 +53,16 @@ def all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Ten
         return x
     if x.is_meta:
         return torch.cat([x] * group.size(), dim)
-    return fc.wait_tensor(_gather_single(x.contiguous(), dim, group))
+    out = _call(_OPS.all_gather_into_tensor, x, group.size(), group.group_name)
+    return out if dim % x.dim() == 0 else torch.cat(out.chunk(group.size()), dim)
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """Part of this rank along `dim` of the sum over the group."""
     if x.is_meta or group.size() == 1:
         return x.chunk(group.size(), dim)[0].clone()
-    return fc.wait_tensor(_scatter_single(x.contiguous(), "sum", dim, group))
+    rows = x if dim % x.dim() == 0 else torch.cat(x.chunk(group.size(), dim))
+    return _call(_OPS.reduce_scatter_tensor, rows, "sum", group.size(), group.group_name)
 
 
 def _part(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
@@ -110,17 +117,19 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, received: Any, sent: Any, group: Any) -> Any:
         ctx.received, ctx.sent, ctx.group = received, sent, group
-        return _exchange(x, received, sent, group)
+        return exchange(x, received, sent, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        return _exchange(grad, ctx.sent, ctx.received, ctx.group), None, None, None
+        return exchange(grad, ctx.sent, ctx.received, ctx.group), None, None, None
 
 
-def _exchange(x: torch.Tensor, received: Any, sent: Any, group: Any) -> torch.Tensor:
+def exchange(x: torch.Tensor, received: Any, sent: Any, group: Any) -> torch.Tensor:
+    """As `all_to_all`, without autograd."""
     if x.is_meta:
         return x.new_empty((sum(received) if received else x.shape[0], *x.shape[1:]))
-    return fc.wait_tensor(fc.all_to_all_single(x.contiguous(), received, sent, group))
+    even = [x.shape[0] // group.size()] * group.size()
+    return _call(_OPS.all_to_all_single, x, received or even, sent or even, group.group_name)
 
 
 def copy_to(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,17 +24,33 @@ def _local_shape(shape: tuple[int, ...], splits: tuple[Split, ...], ctx: Context
     return local
 
 
+def _remembered(
+    ctx: Context, name: str, x: Sharded, rest: tuple[Any, ...], options: dict[str, Any], follow: Callable[[], Any]
+) -> Any:
+    """The result of `follow`, which depends on shapes and numbers alone, from the last time they were the same."""
+    if ctx.packed is not None or any(isinstance(a, torch.Tensor) for a in rest):
+        return follow()
+    key = (name, x.shape, x.splits, str(rest), str(options))
+    if key not in ctx.memory:
+        ctx.memory[key] = follow()
+    return ctx.memory[key]
+
+
 @rule("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel")
 def reshape(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """The split follows its units to the dim that now holds them."""
     x = args[0]
     if len(args) > 1 and isinstance(args[1], torch.dtype):
         raise Unshardable("view as another dtype", x.splits)
-    meta = torch.empty(x.shape, device="meta")
     rest = [torch.empty(a.shape, device="meta") if isinstance(a, torch.Tensor) else a for a in args[1:]]
-    shape = tuple(func(meta, *rest, **kwargs).shape)
-    splits = tuple(place(shape, _left(x, s), s) for s in x.splits)
-    local = x.local.reshape(_local_shape(shape, splits, ctx))
+
+    def follow() -> tuple[tuple[int, ...], tuple[Split, ...], list[int]]:
+        shape = tuple(func(torch.empty(x.shape, device="meta"), *rest, **kwargs).shape)
+        splits = tuple(place(shape, _left(x, s), s) for s in x.splits)
+        return shape, splits, _local_shape(shape, splits, ctx)
+
+    shape, splits, mine = _remembered(ctx, name_of(func), x, args[1:], kwargs, follow)
+    local = x.local.reshape(mine)
     if x.wide is None:
         return wrap(local, splits, ctx)
     wide = tuple(replace(s, axis=SEQ, units=ctx.units(SEQ)) for s in splits if ctx.cuts_sequence)
@@ -44,9 +61,13 @@ def reshape(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
 def transpose(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """Dims move, and their splits with them."""
     x = args[0]
-    marks = torch.empty([i + 2 for i in range(x.dim())], device="meta")  # a dim's size tells where it came from
-    order = [size - 2 for size in func(marks, *args[1:], **kwargs).shape]
-    splits = tuple(replace(s, dim=order.index(s.dim)) for s in x.splits)
+
+    def follow() -> tuple[Split, ...]:
+        marks = torch.empty([i + 2 for i in range(x.dim())], device="meta")  # a dim's size tells where it came from
+        order = [size - 2 for size in func(marks, *args[1:], **kwargs).shape]
+        return tuple(replace(s, dim=order.index(s.dim)) for s in x.splits)
+
+    splits = _remembered(ctx, name_of(func), x, args[1:], kwargs, follow)
     return wrap(func(x.local, *args[1:], **kwargs), splits, ctx)
 
 

@@ -105,6 +105,7 @@ class Context:
     gathered: dict[str, int] = field(default_factory=dict)  # ops that ran on gathered tensors, with their count
     packed: Packed | None = None  # the micro-batch at hand, when it is packed documents on a group of ranks
     strategy: LayerStrategy | None = None  # of every layer, when the micro-batch at hand has its own
+    memory: dict[Any, Any] = field(default_factory=dict)  # of rules, what follows from shapes
 
     @property
     def cuts_sequence(self) -> bool:
