@@ -41,6 +41,7 @@ class EngineSpec:
     have no buffers, they exist from their backward on (FSDP2).
     `transients_in_turn`: what only one layer's backward needs (its gathered weights, recomputed activations, gradients)
     and what only the loss needs are not there at once; without it they add up.
+    `compiles`: the runtime gives every layer to torch.compile.
     `keeps_received`: pipeline ranks have a buffer for all micro-batches that they receive (torch pipelining).
     """
 
@@ -49,6 +50,7 @@ class EngineSpec:
     attention_flops_per_sm: float = math.inf
     dropout: bool = False
     fuses_elementwise: bool = False
+    compiles: bool = False
     weight_bytes: float = 2.0
     grad_bytes: float = 4.0
     reduce_bytes: float = 4.0
@@ -101,22 +103,30 @@ _BLOOM = EngineSpec(
     note="Megatron-DeepSpeed of BLOOM: ZeRO-1, fp32 gradients beside the 16-bit ones (DeepSpeed BF16_Optimizer), "
     "reduction and gathering buffers of 5e8 elements each (DeepSpeed's defaults), no dropout, blocking launches",
 )
+_PLANNER = EngineSpec(
+    name="planner",
+    recompute_stops_early=True,
+    selective_gathers_again=True,
+    sp_saves_gathered=True,
+    gathers_copies=True,
+    keeps_received=True,
+    transients_in_turn=True,
+    overlap_cp=0.8,
+    overlap_grad_reduce=0.8,
+    overlap_param_gather=0.8,
+    overlap_zero3=0.8,
+    overlap_offload=0.8,
+    kernels=kernels_on("gpu"),
+    note="planner.runtime: DTensor TP, FSDP2, torch pipelining, flash SDPA",
+)
 _ENGINES = (
-    EngineSpec(
-        name="planner",
-        recompute_stops_early=True,
-        selective_gathers_again=True,
-        sp_saves_gathered=True,
-        gathers_copies=True,
-        keeps_received=True,
-        transients_in_turn=True,
-        overlap_cp=0.8,
-        overlap_grad_reduce=0.8,
-        overlap_param_gather=0.8,
-        overlap_zero3=0.8,
-        overlap_offload=0.8,
-        kernels=kernels_on("gpu"),
-        note="planner.runtime: DTensor TP, FSDP2, torch pipelining, flash SDPA",
+    _PLANNER,
+    replace(
+        _PLANNER,
+        name="planner-compiled",
+        compiles=True,
+        fuses_elementwise=True,
+        note="planner.runtime with torch.compile on every layer: chains of elementwise ops are one kernel",
     ),
     EngineSpec(
         name="megatron-core",

@@ -61,9 +61,7 @@ def _apply(plan: Plan, model: str, device: torch.device) -> tuple[Parallel, Batc
     inputs = plan.inputs
     rows = [row[: inputs.seq_len + 1] for row in source.dataset()]
     batches = Batches(rows, inputs.seq_len, inputs.global_batch_size, 0, inputs.graph.vocab_size)
-    low = source.dtype in (torch.bfloat16, torch.float16)
-    built = source.model.to(torch.float32 if low else source.dtype).train()  # masters stay in float32
-    return parallelize_plan(built, plan, device=device, precision=source.dtype if low else None), batches
+    return parallelize_plan(source.model, plan, device=device, precision=source.precision), batches
 
 
 def _step(parallel: Parallel, batches: Batches, number: int) -> None:

@@ -23,6 +23,7 @@ from planner.plan import Plan
 from planner.runtime import cuts as cutting
 from planner.runtime import experts, rules_math, rules_shape, zero
 from planner.runtime.chain import Chain
+from planner.runtime.deferred import Tape
 from planner.runtime.errors import RuntimePlanError
 from planner.runtime.layers import adapt, plain_edge, slots_of
 from planner.runtime.mesh import Mesh
@@ -32,7 +33,7 @@ from planner.runtime.parallel import Loss, Parallel, next_token_loss
 from planner.runtime.pipeline import StageModule, build_schedule, stages_of
 from planner.runtime.rules import ShardMode
 from planner.runtime.sharded import Context
-from planner.runtime.support import unsupported
+from planner.runtime.support import groups_unsupported, unsupported
 
 assert rules_math and rules_shape  # importing them registers the rules
 
@@ -49,15 +50,19 @@ def parallelize(
     precision: torch.dtype | None = None,
     adamw: AdamWConfig | None = None,
     packs: bool = False,
+    tape: Tape | None = None,
+    compiled: bool = False,
 ) -> Parallel:
     """Apply `spec` to `model`, whose parameters hold the whole model's values (equal on every rank).
 
     The model is changed in place. `seq_len`: tokens per sequence, the graph's by default. `precision`: dtype of
     parameters in forward and backward when it is not that of the model. `packs`: micro-batches will be packed documents
-    on groups of data ranks (groups.py). RuntimePlanError in one line when the plan does not fit the model, the world or
+    on groups of data ranks (groups.py). `tape`: has the parameters' values when `model` is one of deferred.build.
+    `compiled`: every layer's forward goes through torch.compile.
+    RuntimePlanError in one line when the plan does not fit the model, the world or
     the runtime.
     """
-    reason = unsupported(spec)
+    reason = unsupported(spec, compiled) or (groups_unsupported(spec, compiled) if packs else None)
     if reason is not None:
         raise RuntimePlanError(f"this plan is not executable: {reason}")
     device = device or torch.device("cpu")
@@ -78,7 +83,7 @@ def parallelize(
     _experts(parallel)
     _dry_pass(parallel)
     _make_groups(parallel)
-    _apply(parallel, precision)
+    _apply(parallel, precision, tape, compiled)
     _optimizer(parallel, adamw or AdamWConfig())
     return parallel
 
@@ -225,10 +230,10 @@ def _layer_of(p: Parallel) -> dict[str, int]:
     return found
 
 
-def _apply(p: Parallel, precision: torch.dtype | None) -> None:
+def _apply(p: Parallel, precision: torch.dtype | None, tape: Tape | None, compiled: bool) -> None:
     names = {id(param): name for name, param in cutting.named(p.model).items()}
     mine, tied = owned_names(p)
-    ghosts = _localise(p, names, mine)
+    ghosts = _localise(p, names, mine, tape)
     names = {id(o._parameters[n]): names_ for (o, n, names_) in p.places}
     spec, mesh = p.spec, p.mesh
     layers = sorted(spec.rank_layers(mesh.position["pp"]))
@@ -246,6 +251,9 @@ def _apply(p: Parallel, precision: torch.dtype | None) -> None:
         for moe in {id(m): m for m in p.moe.values() if m.experts is None}.values():
             plain_edge(moe.block, p.ctx)
     for i in layers:
+        if compiled:
+            layer = p.chain.layer(i)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
         adapt(p.chain.layer(i), p.ctx, per_layer[i], spec.layers[i], p.uses_rules, p.chain.layer(i) is p.model)
     p.original = p.model.forward
     p.model.forward = p._forward  # type: ignore[method-assign]
@@ -274,7 +282,7 @@ def _expert_holders(p: Parallel, names: dict[int, str], mine: frozenset[str]) ->
     return list(found.values())
 
 
-def _localise(p: Parallel, names: dict[int, str], mine: frozenset[str]) -> set[nn.Parameter]:
+def _localise(p: Parallel, names: dict[int, str], mine: frozenset[str], tape: Tape | None) -> set[nn.Parameter]:
     """Replace every parameter by this rank's part, or by one without memory if another stage has it."""
     spec = p.spec
     made: dict[str, nn.Parameter] = {}
@@ -286,7 +294,8 @@ def _localise(p: Parallel, names: dict[int, str], mine: frozenset[str]) -> set[n
             name = names[id(param)]
             if name not in made:
                 if name in mine:
-                    part = cutting.local_part(param.detach(), p.cuts[name], p.ctx)
+                    whole = param.detach() if tape is None else tape.value(param)
+                    part = cutting.local_part(whole, p.cuts[name], p.ctx)
                     if name in p.moe and p.moe[name].experts is None:
                         part = part.chunk(spec.ep)[p.expert_rank]
                     made[name] = nn.Parameter(part.to(p.device).clone().contiguous(), requires_grad=param.requires_grad)
@@ -345,4 +354,5 @@ def parallelize_plan(model: nn.Module, plan: Plan, **options: Any) -> Parallel:
         except dispatch.DispatchError as error:
             raise RuntimePlanError(f"kernels of this plan: {error}: install triton") from None
     options.setdefault("seq_len", plan.inputs.seq_len)
+    options.setdefault("compiled", plan.inputs.engine.compiles)
     return parallelize(model, plan.decisions, plan.inputs.graph, **options)

@@ -81,22 +81,38 @@ COMBINATIONS: tuple[Combination, ...] = (
 )
 
 
-def reasons(spec: PlanSpec, experts: bool = False) -> tuple[str, ...]:
-    """Why the runtime cannot execute `spec`, one line each; empty if it can. `experts`: the model has routed ones."""
+_RULES = "torch.compile cannot trace the rules by which a model's own code runs on parts of tensors"
+_PIECES = "a compiled layer is one piece, without single ops whose results could be kept, moved or split"
+COMPILED_LACKS = {
+    "tp": _RULES, "ulysses": _RULES, "ring": _RULES, "ep": "experts exchange rows of any number inside a layer",
+    "selective": _PIECES, "offload_activations": _PIECES, "zb_h1": _PIECES, "zb_v": _PIECES,
+}  # fmt: skip
+
+
+def reasons(spec: PlanSpec, experts: bool = False, compiled: bool = False) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec`, one line each; empty if it can.
+
+    `experts`: the model has routed ones; `compiled`: layers are given to torch.compile.
+    """
     found = [f"{o.name}: {o.reason}" for o in OPTIONS if o.reason and o.used(spec)]
+    if compiled:
+        found += [f"{o.name}, compiled: {COMPILED_LACKS[o.name]}" for o in OPTIONS if o.name in COMPILED_LACKS
+                  and o.used(spec)]  # fmt: skip
     found += [f"{' with '.join(c.names)}: {c.reason}" for c in COMBINATIONS if c.used(spec)]
     if experts and spec.tp > 1 and spec.ep == 1:
         found.append("tp on experts: the runtime does not cut experts by tensor parallelism yet")
     return tuple(found)
 
 
-def unsupported(spec: PlanSpec) -> str | None:
+def unsupported(spec: PlanSpec, compiled: bool = False) -> str | None:
     """The first reason why the runtime cannot execute `spec`, or None."""
-    return next(iter(reasons(spec)), None)
+    return next(iter(reasons(spec, compiled=compiled)), None)
 
 
-def groups_unsupported(spec: PlanSpec) -> str | None:
+def groups_unsupported(spec: PlanSpec, compiled: bool = False) -> str | None:
     """Why the runtime cannot run groups of unequal size (plans with buckets) over the data ranks of `spec`, or None."""
+    if compiled:
+        return f"groups with compiled layers: {_RULES}"
     if spec.pp > 1:
         return "groups with pp: the runtime's pipelines run micro-batches of one shape: plan with --forbid pp"
     if spec.ep > 1:

@@ -29,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all, also after resuming")
     parser.add_argument("--out", type=Path, default=Path("run"), help="folder of metrics and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--init", choices=("whole", "deferred"), default="whole",
+        help="whole: every rank builds the whole model on the CPU before it keeps its part; deferred: parameter by "
+        "parameter, with other random values",
+    )  # fmt: skip
     parser.add_argument("--lr", type=float, default=3e-4, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up; cosine decay to 10 % follows")
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -69,10 +74,11 @@ def dropout_seed(seed: int, step: int, position: Mapping[str, int]) -> int:
 def main(args: argparse.Namespace) -> int:
     """Train; returns 0. UserErrors say in one line what is wrong."""
     from planner.files import read_plan
-    from planner.runtime.model_source import load_source
+    from planner.runtime.model_source import check_room, load_source
 
     plan = read_plan(args.plan)
-    source = load_source(args.model, args.seed)
+    check_room(plan.inputs.graph.num_params, args.init)
+    source = load_source(args.model, args.seed, args.init)
     _check_source(plan, source, args)
     import torch.distributed as dist
 
@@ -163,16 +169,14 @@ def _start(timeout_s: float) -> Any:
 
 
 def _apply(plan: Plan, source: Source, args: argparse.Namespace, device: Any) -> Parallel:
-    import torch
-
     from planner.runtime.apply import parallelize_plan
     from planner.runtime.optimizer import AdamWConfig
 
-    low = source.dtype in (torch.bfloat16, torch.float16)
-    model = source.model.to(torch.float32 if low else source.dtype).train()  # masters are float32 under low precision
     adamw = AdamWConfig(lr=args.lr, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm)
-    precision, packs = source.dtype if low else None, plan.sequences is not None
-    return parallelize_plan(model, plan, device=device, precision=precision, adamw=adamw, packs=packs)
+    return parallelize_plan(
+        source.model, plan, device=device, precision=source.precision, adamw=adamw,
+        packs=plan.sequences is not None, tape=source.tape,
+    )  # fmt: skip
 
 
 def _plain_feed(plan: Plan, parallel: Parallel, source: Source, args: argparse.Namespace) -> PlainFeed:

@@ -8,6 +8,7 @@ import itertools
 import sys
 from pathlib import Path
 
+from planner.build import Job
 from planner.costmodel.engine import ENGINES, EngineSpec, get_engine
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
@@ -169,11 +170,11 @@ def has_experts(graph: ModelGraph) -> bool:
     return any(layer.num_experts > 1 for layer in graph.classes)
 
 
-def executable_reasons(spec: PlanSpec, graph: ModelGraph) -> tuple[str, ...]:
-    """Why the runtime cannot execute `spec` of `graph`; empty if it can."""
+def executable_reasons(spec: PlanSpec, job: Job) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec` of the job's model; empty if it can."""
     from planner.runtime.support import reasons
 
-    found: tuple[str, ...] = reasons(spec, has_experts(graph))
+    found: tuple[str, ...] = reasons(spec, has_experts(job.graph), job.machine.engine.compiles)
     return found
 
 
@@ -236,6 +237,12 @@ def limits_of(engine: EngineSpec, fix: str, forbid: str, executable_only: bool =
     for name, value in fixed.items():
         if name in names and value not in (0, 1, "none"):
             raise UserError(f"--fix {name}={value} and --forbid {name} exclude each other")
+    for name, why in _engine_lacks(engine).items():
+        unused = 0 if name == "offload_activations" else 1
+        for option, value in fixed.items():
+            if value == name or option == name and value != unused:
+                raise UserError(f"--fix {option}={value}: not with --engine {engine.name}: {why}")
+        names.add(name)
     missing, together = _runtime_lacks() if executable_only else (frozenset(), ())
     # In the runtime's table "dp" is plain data parallelism, in --forbid every kind of it.
     names |= missing & set(FORBIDDABLE) - {"dp"}
@@ -247,6 +254,13 @@ def limits_of(engine: EngineSpec, fix: str, forbid: str, executable_only: bool =
         zero_stages=tuple(stage for name, stage in stages.items() if name not in names),
         combinations=(*single, *together),
     )
+
+
+def _engine_lacks(engine: EngineSpec) -> dict[str, str]:
+    """Options that an engine cannot run, and why."""
+    from planner.runtime.support import COMPILED_LACKS
+
+    return dict(COMPILED_LACKS) if engine.compiles else {}
 
 
 def _runtime_lacks() -> tuple[frozenset[str], tuple[frozenset[str], ...]]:

@@ -96,7 +96,7 @@ def _priced(job: Job, spec: PlanSpec) -> Plan:
     wrong = problems(check_structure(inputs_of(job), spec))
     if wrong:
         raise UserError(f"this plan cannot run: {wrong[0].name}: {wrong[0].detail}")
-    return build_plan(job, spec, tool_version(), arguments.executable_reasons(spec, job.graph))
+    return build_plan(job, spec, tool_version(), arguments.executable_reasons(spec, job))
 
 
 def _given(args: argparse.Namespace) -> Plan:

@@ -219,7 +219,7 @@ def _first_sound(
     """(the first plan without a problem, the first problem of the first plan that has one)."""
     first: Finding | None = None
     for index, found in enumerate(result.plans):
-        reasons = arguments.executable_reasons(found.spec, job.graph)
+        reasons = arguments.executable_reasons(found.spec, job)
         if args.executable_only and reasons:
             continue
         others = tuple(other.spec for other in result.plans[index + 1 :])

@@ -83,7 +83,7 @@ def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: L
         raise UserError(f"--seq-dist: {error}") from None
     record = _record(result, lengths, tokens)
     for spec in _static_specs(job, result, tokens):
-        reasons = (*groups_reasons(spec), *arguments.executable_reasons(spec, job.graph))
+        reasons = (*groups_reasons(spec, job), *arguments.executable_reasons(spec, job))
         plan = build_plan(replace(job, global_batch_size=spec.global_batch_size), spec, tool_version(), reasons)
         if not problems(check_plan(plan)):
             return replace(plan, sequences=record)
@@ -93,11 +93,11 @@ def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: L
     )
 
 
-def groups_reasons(spec: PlanSpec) -> tuple[str, ...]:
+def groups_reasons(spec: PlanSpec, job: Job) -> tuple[str, ...]:
     """Why the runtime cannot run groups under the state layout of `spec`; empty if it can."""
     from planner.runtime.support import groups_unsupported
 
-    reason = groups_unsupported(spec)
+    reason = groups_unsupported(spec, job.machine.engine.compiles)
     return (reason,) if reason else ()
 
 

@@ -49,13 +49,13 @@ def spec(*, stages=None, layers=None, recompute="none", offload=False, **options
     return PlanSpec(stage_layers=stages, layers=layers, **options)
 
 
-def case(model: str, plan: PlanSpec, folder: Path) -> dict:
+def case(model: str, plan: PlanSpec, folder: Path, compiled: bool = False) -> dict:
     """What a rank needs to run one case, as JSON."""
     graph = folder / f"{model}.graph.json"
     if not graph.exists():
         graph.write_bytes(encode_graph(graph_of(model)))
     return {"model": model, "spec": msgspec.to_builtins(plan), "graph": str(graph), "vocab": MODELS[model],
-            "seq_len": SEQ_LEN, "catch": True}  # fmt: skip
+            "seq_len": SEQ_LEN, "catch": True, "compiled": compiled}  # fmt: skip
 
 
 _SP = {"sequence_parallel": True, "vocab_parallel": True}

@@ -100,7 +100,9 @@ def run_case(case):
     if key not in _cache:
         _cache[key] = reference(case, vocab)
     losses, norms, grads, params = _cache[key]
-    parallel = parallelize(build(case), spec, graph, seq_len=case["seq_len"], adamw=copy.copy(_ADAMW))
+    parallel = parallelize(
+        build(case), spec, graph, seq_len=case["seq_len"], adamw=copy.copy(_ADAMW), compiled=case["compiled"]
+    )
     at, size = parallel.mesh.position["dp"], spec.global_batch_size // spec.dp
     got_losses, got_norms, got_grads = [], [], None
     for tokens, labels in batches(case, vocab):

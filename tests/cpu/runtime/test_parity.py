@@ -9,18 +9,19 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import ALONE, DRAWN, TOGETHER, case, drawn  # noqa: E402
+from cases import ALONE, DRAWN, TOGETHER, case, drawn, spec  # noqa: E402
 from cells import LEAST, TABLE, least, render  # noqa: E402
 from worlds import run_world  # noqa: E402
 
-from planner.runtime.support import OPTIONS  # noqa: E402
+from planner.costmodel.pipeline import ScheduleKind  # noqa: E402
+from planner.runtime.support import COMPILED_LACKS, OPTIONS, reasons  # noqa: E402
 
 LIMIT = 1e-9  # relative to the largest element of a tensor, after three steps
 
 
-def check(ranks: int, named: list[tuple[str, str, object]], folder: Path) -> None:
+def check(ranks: int, named: list[tuple[str, str, object]], folder: Path, compiled: bool = False) -> None:
     """Run the cases in one world of `ranks`; AssertionError names every case that differs and by how much."""
-    found = run_world(ranks, "parity_rank.run", [case(model, plan, folder) for _, model, plan in named], 500.0)
+    found = run_world(ranks, "parity_rank.run", [case(model, plan, folder, compiled) for _, model, plan in named], 500.0)
     wrong = []
     for i, (name, _, _) in enumerate(named):
         results = [rank[i] for rank in found]
@@ -49,6 +50,18 @@ def test_options_together(ranks: int, tmp_path: Path) -> None:
     """Where mechanisms meet."""
     named = [(name, model, plan) for name, (n, model, plan) in TOGETHER.items() if n == ranks]
     check(ranks, named, tmp_path)
+
+
+def test_compiled_layers(tmp_path: Path) -> None:
+    """torch.compile on every layer, under what it runs with; what it does not run with is refused."""
+    plans = {
+        "zero3 full": spec(dp_shard=2, zero_stage=3, recompute="full"),
+        "pp interleaved": spec(pp=2, vpp=2, schedule=ScheduleKind.INTERLEAVED, micro_batch_size=2),
+    }
+    check(2, [(name, "llama", plan) for name, plan in plans.items()], tmp_path, compiled=True)
+    assert set(COMPILED_LACKS) < {o.name for o in OPTIONS}
+    for name in COMPILED_LACKS:
+        assert reasons(least(name), compiled=True)[0].startswith(name) and not reasons(least(name))
 
 
 @pytest.mark.parametrize(("model", "ranks", "count"), DRAWN)
