@@ -25,6 +25,16 @@ def host_collectives_s(facts: LayerFacts, keys: Keys, machine: Machine) -> Array
     return np.where(keys.tp > 1, collectives * call_s, 0.0)
 
 
+def host_cut_s(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array]:
+    """Seconds (forward, backward) that the host needs more for a layer because it works on parts of tensors."""
+    used = {"tp": (keys.tp > 1) & (keys.sp == 0), "sp": (keys.tp > 1) & (keys.sp > 0), "cp": keys.cp > 1}
+    found = [np.zeros_like(keys.tp), np.zeros_like(keys.tp)]
+    for name, both in machine.engine.host_cut_s.items():
+        per_layer = [facts.launches * seconds for seconds in both]
+        found = [old + np.where(used[name], new, 0.0) for old, new in zip(found, per_layer, strict=True)]
+    return found[0], found[1]
+
+
 def tensor_parallel_s(
     facts: LayerFacts, keys: Keys, machine: Machine, forward_s: Array, backward_s: Array
 ) -> tuple[Array, Array]:

@@ -111,10 +111,11 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     accumulated = (dense + routed) * machine.engine.accumulate_bytes
     accumulate_w = compute.memory_bound_s(machine.cluster.device, accumulated, 0)
     floor = facts.launches * machine.engine.host_launch_s + layer_comm.host_collectives_s(facts, keys, machine)
+    cut_f, cut_b = layer_comm.host_cut_s(facts, keys, machine)
     blocking = machine.engine.blocking_launches
-    launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor, blocking)
+    launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor + cut_f, blocking)
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
-    launch_b = host_bound_s(busy_b, 2 * floor, blocking)
+    launch_b = host_bound_s(busy_b, 2 * floor + cut_b, blocking)
     zero = np.zeros_like(keys.tp)
     selective = _traffic(facts.selective_traffic, keys, machine)
     if facts.selective_attention:

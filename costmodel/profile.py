@@ -23,6 +23,7 @@ from planner.costmodel.strict import canonical_json
 SCHEMA = "planner.profile/1"
 MAX_BYTES = 64 * 2**20
 PLATFORMS = ("cpu", "cuda")
+RUNTIME = ("plain", "shard", "tp", "sp", "cp")
 _GROUP = ("num_bytes", "ranks", "stride")
 # Every kind of sample with the sizes that it has; `name` says which collective, op or layer.
 DIMS: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,7 @@ DIMS: dict[str, tuple[str, ...]] = {
     "optimizer": ("num_params",),
     "copy": ("num_bytes",),
     "launch": (),
+    "runtime": ("layers", "ops"),  # a micro-batch of a small model under one option of a plan (profiler/runtime_bench)
     "layer": ("micro_batch_size", "seq_len"),
     "collective": _GROUP,
     "collective_pair": _GROUP,  # two of them at once; the time is that of both
@@ -41,6 +43,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("causal/forward", "causal/backward", "full/forward", "full/backward"),
     "memory": ("elementwise", "norm", "softmax", "embedding", "loss"),
     "copy": ("h2d", "d2h"),
+    "runtime": tuple(f"{option}/{way}" for option in RUNTIME for way in ("forward", "backward")),
     **dict.fromkeys(("collective", "collective_pair", "collective_gemm"), COLLECTIVES),
 }
 

@@ -112,6 +112,13 @@ def _in_buckets(
     return np.where(params > 0, seconds, 0.0)
 
 
+def _copy_s(params: Array, bytes_per_param: float, machine: Machine) -> Array:
+    """FSDP2's copies between parameters and the flat buffers that it sends: `bytes_per_param` read and written."""
+    if not machine.engine.gathers_copies:
+        return np.zeros_like(params)
+    return np.where(params > 0, compute.memory_bound_s(machine.cluster.device, params * bytes_per_param, 1), 0.0)
+
+
 def gather_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine) -> Array:
     """All-gather of the weights of `dense` + `routed` parameters over their ZeRO groups."""
     weight = machine.engine.weight_bytes
@@ -120,7 +127,9 @@ def gather_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine)
     def over(size: Array, step: Array) -> Callable[[Array], Array]:
         return lambda n: comm.all_gather_s(machine.cluster, machine.domains, n, step, size)
 
+    copied = np.where(layout.shard > 1, dense, 0.0) + np.where(layout.routed_shard > 1, routed, 0.0)
     first = _in_buckets(over(layout.shard, layout.tp), dense, weight, layout.shard, machine)
+    first = first + _copy_s(copied, 2 * weight, machine)
     return first + _in_buckets(over(layout.routed_shard, stride), routed, weight, layout.routed_shard, machine)
 
 
@@ -132,7 +141,9 @@ def scatter_s(dense: Array, routed: Array, layout: StateLayout, machine: Machine
     def over(size: Array, step: Array) -> Callable[[Array], Array]:
         return lambda n: comm.reduce_scatter_s(machine.cluster, machine.domains, n, step, size)
 
+    copied = np.where(layout.shard > 1, dense, 0.0) + np.where(layout.routed_shard > 1, routed, 0.0)
     first = _in_buckets(over(layout.shard, layout.tp), dense, grad, layout.shard, machine)
+    first = first + _copy_s(copied, machine.engine.grad_bytes + grad, machine)
     return first + _in_buckets(over(layout.routed_shard, stride), routed, grad, layout.routed_shard, machine)
 
 
@@ -147,6 +158,8 @@ def replicate_s(dense: Array, routed: Array, layout: StateLayout, machine: Machi
     shard = np.where(sharded, layout.shard, 1.0)
     size = layout.data_ranks / shard
     total = _in_buckets(over(size, layout.tp * shard), dense / shard, grad, size, machine)
+    copied = np.where(~sharded & (layout.data_ranks > 1), dense + routed, 0.0)
+    total = total + _copy_s(copied, machine.engine.grad_bytes + grad, machine)
     routed_shard = np.where(sharded, layout.routed_shard, 1.0)
     size = np.where(sharded, layout.routed_replicate, layout.data_ranks / layout.ep)
     stride = layout.tp * layout.ep * routed_shard
@@ -167,7 +180,9 @@ def layer_sync_s(
     fwd = np.where(layout.zero >= 3, exposed(gather, forward_s, engine.overlap_zero3), 0.0)
     again = np.where(layout.zero >= 3, exposed(gather, backward_s, engine.overlap_zero3), 0.0)
     window = np.where(layout.zero >= 3, np.maximum(backward_s - gather, 0.0), backward_s)
-    return fwd, again + exposed(scatter, window, engine.overlap_grad_reduce)
+    # A host that launches ahead hides this; one that is the device does not.
+    host = [np.where((layout.data_ranks > 1) & engine.blocking_launches, s, 0.0) for s in engine.host_shard_s]
+    return fwd + host[0], again + exposed(scatter, window, engine.overlap_grad_reduce) + host[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

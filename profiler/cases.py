@@ -28,7 +28,7 @@ _MEMORY_BYTES = tuple(2.0**e for e in range(12, 29, 2))
 _COMM_BYTES = tuple(2.0**e for e in range(12, 27, 2))
 # What the cases of a kind weigh together: what is measured first before anything is known.
 _WEIGHTS = {"gemm": 1.0, "attention": 0.5, "layer": 2.0, "memory": 0.5, "optimizer": 0.3, "collective": 1.0,
-            "collective_pair": 0.1, "collective_gemm": 0.2, "launch": 0.2, "copy": 0.1}  # fmt: skip
+            "collective_pair": 0.1, "collective_gemm": 0.2, "launch": 0.2, "copy": 0.1, "runtime": 0.2}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +191,23 @@ def layer_cases(graph: ModelGraph) -> list[Case]:
         for size in MICRO_BATCHES
         for way in WAYS
     ]
+
+
+# ---- what the runtime costs the host
+
+_REFERENCE = (8.0, 15.0)  # layers of reference/model.py and ops of each, as traced
+
+
+def cut_degree(world: int) -> int:
+    """Over how many of `world` ranks the small model is cut; 1 = over none."""
+    return math.gcd(world, 8)
+
+
+def runtime_cases(world: int) -> list[Case]:
+    """The small model by itself and under every option that costs the host time."""
+    if cut_degree(world) == 1:
+        return []
+    return [_case("runtime", name, "float32", _REFERENCE, 1.0) for name in NAMES["runtime"]]
 
 
 # ---- collectives

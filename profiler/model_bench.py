@@ -20,6 +20,8 @@ from planner.profiler.cases import EPILOGUE, PROLOGUE, Case
 from planner.profiler.run import Subject
 from planner.profiler.timing import Clock, Job, Work
 
+_CPU_COPIES = 4  # of a layer, one after the other: a model finds the caches of a CPU full of its other layers
+
 
 class Bench:
     """One model at several micro-batch sizes, on one device."""
@@ -36,8 +38,9 @@ class Bench:
             return _end(subject, self._layer_paths(subject), case.path, backward, self._device)
         layer = subject.model.get_submodule(case.path)
         args, kwargs = _inputs(subject, case.path, layer)
-        made = _materialised(layer, self._device)
-        return _layer(made, _real(args, self._device), _real(kwargs, self._device), backward)
+        count = _CPU_COPIES if self._device.type == "cpu" else 1
+        made = [_materialised(layer, self._device) for _ in range(count)]
+        return _layers(made, _real(args, self._device), _real(kwargs, self._device), backward)
 
     def _subject(self, micro_batch_size: int) -> Subject:
         if micro_batch_size not in self._subjects:
@@ -106,20 +109,25 @@ def _floats(value: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
 
-def _layer(layer: nn.Module, args: Any, kwargs: Any, backward: bool) -> Job:
-    def forward() -> list[torch.Tensor]:
+def _layers(layers: list[nn.Module], args: Any, kwargs: Any, backward: bool) -> Job:
+    """All layers forward, or all backward; one of them is wanted."""
+
+    def one(layer: nn.Module) -> list[torch.Tensor]:
         return [x for x in _floats(layer(*args, **kwargs)) if x.requires_grad]
 
-    saved = _saved_bytes(layer, forward, _floats((args, kwargs)))
+    def forward() -> list[list[torch.Tensor]]:
+        return [one(layer) for layer in layers]
+
+    saved = _saved_bytes(layers[0], lambda: one(layers[0]), _floats((args, kwargs)))
     if not backward:
-        return Job(work=forward, saved_bytes=saved)
-    up = [torch.ones_like(x) for x in forward()]
+        return Job(work=forward, parts=len(layers), saved_bytes=saved)
+    up = [torch.ones_like(x) for x in one(layers[0])]
 
     def prepare() -> Work:
-        out = forward()
-        return lambda: torch.autograd.backward(out, up)
+        outs = forward()
+        return lambda: [torch.autograd.backward(out, up) for out in reversed(outs)]
 
-    return Job(prepare=prepare, saved_bytes=saved)
+    return Job(prepare=prepare, parts=len(layers), saved_bytes=saved)
 
 
 def _saved_bytes(layer: nn.Module, forward: Callable[[], object], inputs: list[torch.Tensor]) -> float:

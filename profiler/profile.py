@@ -27,7 +27,7 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.profile import Conditions, Profile, Sample, make_profile, merge
-from planner.profiler.cases import Case, comm_cases, layer_cases, op_cases, weighted
+from planner.profiler.cases import Case, comm_cases, layer_cases, op_cases, runtime_cases, weighted
 from planner.profiler.errors import TraceError
 from planner.profiler.trace import child_environment
 
@@ -89,7 +89,7 @@ def list_cases(request: Request) -> list[Case]:
     if request.what in ("ops", "all"):
         found += op_cases(request.graph, dtype, request.ranks, memory_bytes)
     if request.what in ("comm", "all"):
-        found += comm_cases(request.cluster, request.ranks, memory_bytes)
+        found += comm_cases(request.cluster, request.ranks, memory_bytes) + runtime_cases(request.ranks)
     if request.what in ("model", "all") and request.graph is not None:
         found += layer_cases(request.graph)
     limit_s = max(_LONGEST_FRAC * request.budget_s, 0.05)

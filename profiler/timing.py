@@ -89,16 +89,20 @@ class Clock:
 class Job:
     """What to time: `work` in a loop, or what `prepare` returns each time, or seconds that `timed` tells by itself.
 
-    `saved_bytes`: what autograd keeps of it.
+    One call is `parts` of what is wanted. `saved_bytes`: what autograd keeps of it.
     """
 
     work: Work | None = None
     prepare: Callable[[], Work] | None = None
     timed: Callable[[Clock], float] | None = None
+    parts: int = 1
     saved_bytes: float = 0.0
 
     def seconds(self, clock: Clock, calls: int) -> float:
-        """Seconds of `calls` calls."""
+        """Seconds of `calls` times what is wanted."""
+        return self._seconds(clock, calls) / self.parts
+
+    def _seconds(self, clock: Clock, calls: int) -> float:
         if self.timed is not None:
             return sum(self.timed(clock) for _ in range(calls))
         if self.prepare is not None:

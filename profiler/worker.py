@@ -24,6 +24,7 @@ from planner.profiler.choose import Chooser
 from planner.profiler.comm_bench import Groups, make_comm
 from planner.profiler.model_bench import Bench
 from planner.profiler.ops import make_op
+from planner.profiler.runtime_bench import make_runtime
 from planner.profiler.timing import WINDOW_S, Clock, Job, Ranks, Timing, measure
 
 _STOP = -1.0
@@ -116,6 +117,8 @@ def _maker(spec: Spec, device: torch.device, rank: int, world: int) -> Callable[
     def make(case: Case) -> Job:
         if case.kind.startswith("collective"):
             return make_comm(case, device, groups)
+        if case.kind == "runtime":
+            return make_runtime(case, device, world)
         return bench.make(case) if case.kind == "layer" else make_op(case, device)
 
     return make

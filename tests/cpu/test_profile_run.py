@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from planner.costmodel.engine import get_engine
+from planner.costmodel.facts import layer_facts
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.profile import decode_profile
 from planner.files import read_plan
-from planner.profiler.cases import Case, layer_cases
+from planner.profiler.cases import Case, layer_cases, runtime_cases
 from planner.profiler.import_kineto import import_trace
 from planner.profiler.model_bench import Bench
 from planner.profiler.ops import make_op
 from planner.profiler.profile import Outcome, Request, measure_cases, run_profile
+from planner.profiler.runtime_bench import reference_graph
 from planner.profiler.timing import Clock, Job, Ranks, measure, summary
 from planner.profiler.trace import trace_model
 
@@ -144,6 +147,19 @@ def test_a_run_measures_goes_on_and_stops(tmp_path: Path) -> None:
     assert again.measured == 2 and len(again.profile.samples) == 4
     cut = measure_cases(request_of(2, 0.01), cases, known=first.profile)
     assert not cut.settled and cut.measured == 0 and cut.profile == first.profile
+
+
+def test_what_the_runtime_costs_the_host_is_measured() -> None:
+    """A small model under every option, and the figures that turn its times into those of an op."""
+    cases = runtime_cases(2)
+    found = measure_cases(request_of(2, 120.0), cases)
+    assert not found.failed and not found.died and found.measured == len(cases) == 10
+    engine = get_engine("planner")
+    graph = reference_graph()
+    assert {(len(graph.layer_classes), layer_facts(c, engine).launches) for c in graph.classes} == {
+        (cases[0].dims["layers"], cases[0].dims["ops"])
+    }
+    assert runtime_cases(1) == runtime_cases(3) == [] and runtime_cases(12)
 
 
 def test_what_a_device_cannot_run_is_left_out() -> None:

@@ -21,7 +21,8 @@ LIMIT = 1e-9  # relative to the largest element of a tensor, after three steps
 
 def check(ranks: int, named: list[tuple[str, str, object]], folder: Path, compiled: bool = False) -> None:
     """Run the cases in one world of `ranks`; AssertionError names every case that differs and by how much."""
-    found = run_world(ranks, "parity_rank.run", [case(model, plan, folder, compiled) for _, model, plan in named], 500.0)
+    cases = [case(model, plan, folder, compiled) for _, model, plan in named]
+    found = run_world(ranks, "parity_rank.run", cases, 500.0)
     wrong = []
     for i, (name, _, _) in enumerate(named):
         results = [rank[i] for rank in found]

@@ -1,0 +1,93 @@
+"""What the runtime costs the host: taken from a profile, and charged to the plans that use it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from shapes_for_tests import graph, keys
+
+from planner.costmodel.engine import get_engine
+from planner.costmodel.estimate import machine_for
+from planner.costmodel.evidence import Source
+from planner.costmodel.facts import layer_facts
+from planner.costmodel.layer_comm import host_cut_s
+from planner.costmodel.presets import load_cluster
+from planner.costmodel.price import price_layer
+from planner.costmodel.profile import DIMS, Conditions, Profile, Sample, make_profile
+from planner.costmodel.profiled import fit_engine
+from planner.costmodel.state import StateLayout, gather_s, layer_sync_s
+
+CPU = Conditions(platform="cpu", device="some CPU", devices_per_node=2, memory_bytes=2**34, backend="gloo", ranks=2,
+                 threads=1, software={})  # fmt: skip
+WAYS = ("forward", "backward")
+
+
+def sample(kind: str, name: str, sizes: tuple[float, ...], time_s: float) -> Sample:
+    dims = dict(zip(DIMS[kind], sizes, strict=True))
+    return Sample(kind=kind, name=name, dtype="float32", dims=dims, time_s=time_s, spread_frac=0.0, repeats=5,
+                  condition=0, source=Source.MEASURED, measured_on="2026-11-25")  # fmt: skip
+
+
+def profile() -> Profile:
+    """8 layers of 15 ops; milliseconds chosen so that each part comes out round."""
+    ms = {"plain": (8.0, 16.0), "shard": (12.0, 18.0), "tp": (40.0, 32.0), "sp": (64.0, 8.0), "cp": (60.0, 58.0)}
+    rows = [
+        sample("runtime", f"{option}/{way}", (8, 15), t / 1e3)
+        for option, both in ms.items()
+        for way, t in zip(WAYS, both, strict=True)
+    ]
+    rows += [
+        sample("collective", name, (num_bytes, 2, 1), num_bytes / 4096 * 1e-3)
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        for num_bytes in (4096, 65536)
+    ]
+    return make_profile("1", (CPU,), tuple(rows))
+
+
+def test_host_times_are_what_is_left_beside_kernels_and_collectives() -> None:
+    engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
+    assert engine.host_shard_s == pytest.approx((4e-3 / 8, 2e-3 / 8))
+    assert engine.host_cut_s["tp"] == pytest.approx(((32e-3 / 8 - 2e-3) / 15, 0.0))  # 2 all-reduces of 1 ms a layer
+    assert engine.host_cut_s["sp"] == pytest.approx(((56e-3 / 8 - 4e-3) / 15, 0.0))
+    # Ulysses: 4 exchanges, and context ranks are data ranks to FSDP2
+    assert engine.host_cut_s["cp"] == pytest.approx(((52e-3 / 8 - 4.5e-3) / 15, (42e-3 / 8 - 4.25e-3) / 15))
+    assert engine.overlap_zero3 == engine.overlap_grad_reduce == engine.overlap_param_gather == 0.0
+    none = make_profile("1", (CPU,), tuple(s for s in profile().samples if s.kind != "runtime"))
+    assert fit_engine(get_engine("planner"), none, load_cluster("cpu-gloo"), 2).host_cut_s == {}
+
+
+def test_plans_that_cut_tensors_pay_for_it() -> None:
+    engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
+    model = graph()
+    machine = machine_for(model, load_cluster("cpu-gloo"), engine, 2)
+    facts = layer_facts(model.classes[0], engine)
+    free = replace(machine, engine=replace(engine, host_cut_s={}, host_shard_s=(0.0, 0.0)))
+    for name, layout in {"tp": keys(tp=2), "sp": keys(tp=2, sp=1), "cp": keys(ulysses=2)}.items():
+        forward, backward = engine.host_cut_s[name]
+        assert host_cut_s(facts, layout, machine)[0] == pytest.approx(facts.launches * forward)
+        paid, not_paid = price_layer(facts, layout, machine), price_layer(facts, layout, free)
+        assert paid.forward_s - not_paid.forward_s == pytest.approx(facts.launches * forward)
+        assert paid.backward_input_s - not_paid.backward_input_s == pytest.approx(facts.launches * backward)
+        assert paid.redo[2] - not_paid.redo[2] == pytest.approx(facts.launches * forward)  # recomputed by the rules too
+    assert host_cut_s(facts, keys(), machine)[0] == 0
+
+
+def layout(dp: int, zero: int) -> StateLayout:
+    one = np.ones(1)
+    return StateLayout(tp=one, cp=one, ep=one, dp_replicate=one, dp_shard=dp * one, zero=zero * one,
+                       offload_optimizer=0 * one)  # fmt: skip
+
+
+def test_layers_under_fsdp_pay_for_its_hooks_and_copies() -> None:
+    engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
+    machine = machine_for(graph(), load_cluster("cpu-gloo"), engine, 2)
+    params, none, second = np.array([1e6]), np.zeros(1), np.ones(1)
+    assert [float(s[0]) for s in layer_sync_s(params, none, second, second, layout(2, 0), machine)] == pytest.approx(
+        list(engine.host_shard_s)
+    )
+    assert sum(layer_sync_s(params, none, second, second, layout(1, 0), machine)) == 0
+    flat = replace(machine, engine=replace(engine, gathers_copies=False))
+    assert gather_s(params, none, layout(2, 1), machine) > gather_s(params, none, layout(2, 1), flat)
+    assert gather_s(params, none, layout(1, 1), machine) == gather_s(params, none, layout(1, 1), flat)
