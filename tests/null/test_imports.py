@@ -18,7 +18,9 @@ ALLOWED = {
     "costmodel": ("planner.costmodel",),
     "kernels": ("planner.kernels",),
     # The recorder asks the kernels' registry for FLOPs that torch counts as 0 or twice; kernels imports nobody.
-    "profiler": ("planner.profiler", "planner.costmodel", "planner.kernels.counters"),
+    # What the runtime costs the host is measured by running it (runtime_bench.py).
+    "profiler": ("planner.profiler", "planner.costmodel", "planner.kernels.counters", "planner.runtime.apply",
+                 "planner.runtime.parallel", "planner.runtime.zero"),
     "planner": ("planner.",),
     "runtime": ("planner.runtime", "planner.costmodel", "planner.kernels", "planner.plan", "planner.errors",
                 "planner.files", "planner.check", "planner.profiler.load", "planner.profiler.hf",
