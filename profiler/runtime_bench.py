@@ -47,9 +47,9 @@ def plan_spec(variant: str, world: int) -> PlanSpec:
 
 def make_runtime(case: Case, device: torch.device, world: int) -> Job:
     """The job of a variant, forward or backward."""
-    from planner.runtime import zero
     from planner.runtime.apply import parallelize
     from planner.runtime.parallel import next_token_loss
+    from planner.runtime.zero import before_backward
 
     variant, _, way = case.name.partition("/")
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def make_runtime(case: Case, device: torch.device, world: int) -> Job:
         parallel = parallelize(model, plan_spec(variant, world), reference_graph(), device=device)
 
         def forward() -> torch.Tensor:
-            zero.before_backward(model, parallel.spec, last=False)
+            before_backward(model, parallel.spec, last=False)
             return parallel.run(0, None, tokens, tokens)
 
     def prepare() -> Work:
