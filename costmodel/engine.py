@@ -29,6 +29,9 @@ class EngineSpec:
     last product and the sum of its parts (torch.utils.checkpoint, `set_checkpoint_early_stop`).
     `selective_gathers_again`: selective recomputation under sequence parallelism redoes the norms and the gathers of
     their outputs, which `sp_saves_gathered` keeps otherwise.
+    `sums_experts_once`: a block of experts takes its tokens whole over TP and sums its result once, routed and shared
+    experts together, behind the combination, which therefore keeps whole tokens; otherwise routed and shared experts
+    communicate apart, and what the combination keeps is split by sequence parallelism.
     `attention_flops_per_sm`: FLOP/s that the attention kernel reaches at best on one multiprocessor, for kernels
     that do not know the device's newer instructions. `p2p_scatter`: tensor-parallel ranks send a boundary tensor in
     shares and gather it over NVLink behind the cut (Narayanan et al. 2021, section 4.1; the gather is not priced).
@@ -64,6 +67,7 @@ class EngineSpec:
     sp_saves_gathered: bool = False
     recompute_stops_early: bool = False
     selective_gathers_again: bool = False
+    sums_experts_once: bool = False
     overlap_tp: float = 0.0
     overlap_tp_column: float = 0.0  # backward of column-parallel GEMMs only: beside their weight gradient
     overlap_cp: float = 0.0
@@ -111,6 +115,7 @@ _PLANNER = EngineSpec(
     name="planner",
     recompute_stops_early=True,
     selective_gathers_again=True,
+    sums_experts_once=True,
     sp_saves_gathered=True,
     gathers_copies=True,
     keeps_received=True,

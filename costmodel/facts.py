@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from planner.costmodel import expert_facts
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.graph import Activation, LayerClass, Op, OpKind, TensorLayout, TpCut
 from planner.costmodel.kernels import fused_loss
@@ -58,7 +59,8 @@ class LayerFacts:
     `saved` is indexed like RECOMPUTES: activations kept until backward. `selective_traffic` and
     `selective_attention` are redone by selective recomputation. `gathered_bytes`: inputs of column-parallel
     GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
-    `last_gemm`: the last product, if backward needs neither its result nor what follows (a residual addition).
+    `last_gemm`: the last product, if backward needs neither its result nor what follows (a residual addition);
+    `last_sum_bytes`: the last of `row_bytes`, if backward needs nothing that follows its sum, else 0.
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
     GEMMs and the embedding put out. `loss_bytes`: log-probabilities, or with a fused loss logits,
     kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them.
@@ -74,6 +76,7 @@ class LayerFacts:
     gathered_bytes: tuple[float, ...]
     row_bytes: tuple[float, ...]
     last_gemm: Op | None
+    last_sum_bytes: float
     vocab_row_bytes: float
     vocab_gathered_bytes: float
     permute_bytes: tuple[float, ...]
@@ -210,6 +213,7 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     """Sum up `layer` as `engine` runs it."""
     fused = fused_loss(layer, engine.kernels)
     layer = layer if fused is None else fused.layer
+    layer = expert_facts.combined_whole(layer) if engine.sums_experts_once else layer
     ops = layer.ops
     matmul_kinds = (OpKind.GEMM, OpKind.BMM, OpKind.CONV)
     matmuls = tuple(op for op in ops if op.kind in matmul_kinds and op.gemm is not None)
@@ -223,7 +227,8 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     )
     none = _sum_layouts(layer, saved)
     full = LayoutBytes(outer_bytes=float(layer.input_bytes))
-    gathered, rows = _tp_tensors(layer)
+    gathered, rows = expert_facts.tp_tensors(layer, engine.sums_experts_once)
+    last = _last_gemm(layer)
     vocab_rows = _vocab_rows(layer)
     loss = float(sum(a.num_bytes for a in layer.activations if a.saved and _makes_loss(layer, a)))
     work = loss * (engine.logit_bytes / _LOG_PROB_BYTES - 1)
@@ -239,7 +244,8 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
         selective_attention=OpKind.ATTENTION in kinds,
         gathered_bytes=tuple(gathered),
         row_bytes=tuple(rows),
-        last_gemm=_last_gemm(layer),
+        last_gemm=last,
+        last_sum_bytes=_last_sum(layer, last, rows),
         vocab_row_bytes=vocab_rows,
         vocab_gathered_bytes=float(
             sum(
@@ -266,6 +272,18 @@ def _last_gemm(layer: LayerClass) -> Op | None:
     return None
 
 
+def _last_sum(layer: LayerClass, last_gemm: Op | None, rows: list[float]) -> float:
+    """Bytes of the layer's last sum over TP if backward keeps nothing made after it: a GEMM's, or the experts'."""
+    if last_gemm is not None:
+        return rows[-1] if last_gemm.cut is TpCut.ROW else 0.0
+    for op in reversed(layer.ops if expert_facts.is_cut(layer) else ()):
+        if any(layer.activations[a].saved for a in op.outputs):
+            return 0.0
+        if op.kind is OpKind.PERMUTE:
+            return rows[-1]
+    return 0.0
+
+
 def _makes_loss(layer: LayerClass, activation: Activation) -> bool:
     producer = activation.producer
     return producer >= 0 and layer.ops[producer].kind is OpKind.LOSS and activation.scales_with_batch
@@ -282,25 +300,3 @@ def _out_bytes(layer: LayerClass, op: Op) -> int:
     read = sum(layer.activations[a].num_bytes for a in op.inputs[:1])
     written = sum(layer.activations[a].num_bytes for a in op.outputs)
     return max(read, written)
-
-
-def _tp_tensors(layer: LayerClass) -> tuple[list[float], list[float]]:
-    """(distinct inputs of column-parallel GEMMs, outputs of row-parallel GEMMs) in bytes.
-
-    The partial sums of routed row-parallel GEMMs are reduced after the combine, on the layer's tokens, so
-    they count as one tensor of the layer's output size.
-    """
-    columns = {
-        op.inputs[0] for op in layer.ops if op.cut is TpCut.COLUMN and op.inputs and not op.routed
-    }
-    rows = [
-        float(layer.activations[a].num_bytes)
-        for op in layer.ops
-        if op.cut is TpCut.ROW and not op.routed
-        for a in op.outputs
-    ]
-    gathered = [float(layer.activations[a].num_bytes) for a in sorted(columns)]
-    if any(op.routed and op.cut is TpCut.ROW for op in layer.ops):
-        rows.append(float(layer.output_bytes))
-        gathered.append(float(layer.output_bytes))
-    return gathered, rows

@@ -141,13 +141,14 @@ def _not_redone(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
 
     0 for engines that redo the whole layer (`recompute_stops_early`).
     """
-    last = facts.last_gemm
-    if last is None or not machine.engine.recompute_stops_early:
-        return np.zeros_like(keys.tp)
-    dtype, slower = _gemm_dtype(last, machine)
-    seconds: Array = slower * compute.gemm_s(machine.cluster.device, dtype, *rank_gemm(last, keys))
-    if last.cut is TpCut.ROW:
-        seconds = seconds + (1 - machine.engine.overlap_tp) * layer_comm.reduce_s(facts.row_bytes[-1], keys, machine)
+    seconds = np.zeros_like(keys.tp)
+    if not machine.engine.recompute_stops_early:
+        return seconds
+    if facts.last_gemm is not None:
+        dtype, slower = _gemm_dtype(facts.last_gemm, machine)
+        seconds = slower * compute.gemm_s(machine.cluster.device, dtype, *rank_gemm(facts.last_gemm, keys))
+    if facts.last_sum_bytes:
+        seconds = seconds + (1 - machine.engine.overlap_tp) * layer_comm.reduce_s(facts.last_sum_bytes, keys, machine)
     return seconds
 
 

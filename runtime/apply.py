@@ -1,7 +1,7 @@
 """parallelize(model, spec, graph): apply a plan to a model on this rank.
 
-In this order: the dry pass settles TP cuts -> parameters become local parts -> FSDP/ZeRO -> layers get their
-rules and recomputation -> pipeline stages. Every rank calls it with the same model (same values) and plan.
+In this order: the dry pass settles TP cuts, a trial those of experts -> parameters become local parts -> FSDP/ZeRO ->
+layers get their rules and recomputation -> pipeline stages. Every rank calls it with the same model and plan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from planner.costmodel.strategy import PlanSpec
 from planner.kernels import dispatch
 from planner.plan import Plan
 from planner.runtime import cuts as cutting
-from planner.runtime import experts, rules_math, rules_shape, zero
+from planner.runtime import expert_cuts, experts, rules_math, rules_shape, zero
 from planner.runtime.chain import Chain
 from planner.runtime.deferred import Tape
 from planner.runtime.errors import RuntimePlanError
@@ -82,6 +82,8 @@ def parallelize(
     )  # fmt: skip
     _experts(parallel)
     _dry_pass(parallel)
+    if spec.tp > 1:
+        expert_cuts.settle(parallel.moe_blocks, table, cutting.alike(table, graph), spec.tp)
     _make_groups(parallel)
     _apply(parallel, precision, tape, compiled)
     _optimizer(parallel, adamw or AdamWConfig())
@@ -90,12 +92,10 @@ def parallelize(
 
 def _experts(p: Parallel) -> None:
     p.moe = experts.find(p.model, p.cuts)
-    if p.moe and p.spec.tp > 1:
-        raise RuntimePlanError("experts are not cut by tensor parallelism yet: plan with --forbid tp")
     if p.spec.ep > 1 and not p.moe:
         raise RuntimePlanError(f"ep = {p.spec.ep} but the model has no routed experts: plan again")
-    for moe in {id(m): m for m in p.moe.values()}.values():
-        experts.install(moe, p.mesh.experts)
+    for moe in p.moe_blocks:
+        experts.install(moe, p.mesh.experts, p.ctx)
 
 
 def _input_name(model: nn.Module) -> str:
@@ -248,7 +248,7 @@ def _apply(p: Parallel, precision: torch.dtype | None, tape: Tape | None, compil
         if p.model not in [p.chain.layer(i) for i in layers]:
             zero.shard(p.model, dense, spec, precision, ghosts)
     if p.uses_rules:
-        for moe in {id(m): m for m in p.moe.values() if m.experts is None}.values():
+        for moe in (m for m in p.moe_blocks if m.experts is None):
             plain_edge(moe.block, p.ctx)
     for i in layers:
         if compiled:

@@ -4,35 +4,50 @@ Two forms are known, as in profiler/moe.py: a module with stacked [E, ., .] para
 experts and their weights, and a list of equal experts in a block that routes by itself. Every rank of an
 expert group sends each token row to the rank that holds its expert and gets the result back (Lepikhin et al.
 2020, GShard, arXiv 2006.16668, section 3.2). No capacity: nothing is dropped.
+
+Under TP every rank of a TP group takes all tokens of the group and has a part of every expert (expert_cuts.py), so
+that what the block puts out is a partial sum; it is summed once, behind the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from planner.kernels.exchange import moe_permute, moe_unpermute
 from planner.runtime import collectives as c
 from planner.runtime.errors import RuntimePlanError
-from planner.runtime.layers import leave_marks, marks_of
-from planner.runtime.sharded import Cut, Sharded
+from planner.runtime.layers import leave_marks, marks_of, rewrap, unwrap
+from planner.runtime.sharded import Context, Cut, scatter_residual, whole_for_parts
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Moe:
-    """One block: the module whose forward changes, its path, its number of experts, its list of experts if any."""
+    """One block: the module whose forward changes, its path, its number of experts, its list of experts if any.
+
+    `original`: the block's own forward, which knows of `num_here` experts; `call`: the (args, kwargs) that the model
+    hands it, as meta tensors. `spread`: stacked biases behind the experts' last product, of which each TP rank adds
+    its own columns.
+    """
 
     block: nn.Module
     path: str
     num_experts: int
     experts: nn.Module | None
+    original: Callable[..., Any]
+    num_here: int
+    spread: tuple[str, ...] = ()
+    call: Any = None
 
     def expert_of(self, name: str) -> int | None:
         """Index of the listed expert that holds parameter `name`, None for stacked parameters."""
@@ -61,38 +76,69 @@ def find(model: nn.Module, cuts: dict[str, Cut]) -> dict[str, Moe]:
             block = model.get_submodule(path)
             experts = None if stacked else model.get_submodule(".".join(parts[:listed]))
             count = model.get_parameter(name).shape[0] if experts is None else len(list(experts.children()))
-            made[path] = Moe(block, path, count, experts)
+            spread_biases = _spread(block, path, cuts) if stacked else ()
+            made[path] = Moe(block, path, count, experts, block.forward, count, spread_biases)
         found[name] = made[path]
     return found
 
 
-def install(moe: Moe, group: dist.ProcessGroup) -> None:
+def _spread(block: nn.Module, path: str, cuts: dict[str, Cut]) -> tuple[str, ...]:
+    own = block.named_parameters(recurse=False)
+    return tuple(name for name, param in own if param.dim() == 2 and cuts[f"{path}.{name}"].kind == "row")
+
+
+def spread(bias: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """A part of the columns of `bias` in its place among zeros: over the ranks the whole."""
+    size = bias.shape[-1]
+    return F.pad(bias, (rank * size, (ranks - 1 - rank) * size))
+
+
+def install(moe: Moe, group: dist.ProcessGroup, ctx: Context) -> None:
     """Replace the block's forward by one on local tensors; over `group` when it has more than one rank."""
-    original = moe.block.forward
     if group.size() > 1 and moe.num_experts % group.size():
         raise RuntimePlanError(f"{moe.num_experts} experts of {moe.path} do not divide over ep = {group.size()} ranks")
-    run: Callable[..., torch.Tensor] = original
+    run: Callable[..., torch.Tensor] = moe.original
     if group.size() > 1:
-        run = _stacked(moe, original, group) if moe.experts is None else _listed(moe, original, group)
+        run = (_stacked if moe.experts is None else _listed)(moe, moe.original, group)
 
-    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        values = (hidden, *args, *kwargs.values())
-        if any(isinstance(x, torch.Tensor) and x.is_meta for x in values):
-            return torch.zeros_like(hidden)  # the dry pass: routing needs values
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if any(x.is_meta for x in tensors):  # the dry pass: routing needs values
+            moe.call = tree_map_only(torch.Tensor, _shape_alone, (args, kwargs))
+            return torch.zeros_like(tensors[0])
         marks = marks_of(moe.block)
-        if marks is not None:
-            leave_marks(moe.block, marks[:1])  # out lies like hidden, the first input
-            with torch._C.DisableTorchFunction():
-                return run(hidden, *args, **kwargs)
-        if not isinstance(hidden, Sharded):
-            return run(hidden, *args, **kwargs)
-        plain = [x.local if isinstance(x, Sharded) else x for x in values]
-        named = dict(zip(kwargs, plain[1 + len(args) :], strict=True))
         with torch._C.DisableTorchFunction():
-            out = run(*plain[: 1 + len(args)], **named)
-        return Sharded(out, hidden.splits, hidden.ctx)
+            if marks is not None:
+                args, kwargs = rewrap((args, kwargs), marks, ctx)
+            local, inner = unwrap(tree_map_only(torch.Tensor, lambda x: whole_for_parts(x, ctx), (args, kwargs)))
+            with _spread_biases(moe, ctx):
+                out = run(*local[0], **local[1])
+            out = rewrap(out, inner[:1], ctx)  # lies like the first input
+            if ctx.spec.tp > 1:
+                out = scatter_residual(out, ctx, reduce=True)
+            if marks is not None:
+                out, outer = unwrap(out)
+                leave_marks(moe.block, outer)
+        return out
 
     moe.block.forward = forward  # type: ignore[method-assign]
+
+
+def _shape_alone(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tuple(x.shape), dtype=x.dtype, device="meta")
+
+
+@contextmanager
+def _spread_biases(moe: Moe, ctx: Context) -> Iterator[None]:
+    slots = moe.block._parameters
+    kept = {name: slots[name] for name in moe.spread}
+    for name, param in kept.items():
+        assert param is not None
+        slots[name] = spread(param, ctx.tp_rank, ctx.spec.tp)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        slots.update(kept)
 
 
 def _exchange_counts(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -102,6 +148,7 @@ def _exchange_counts(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Te
 
 def _stacked(moe: Moe, original: Callable[..., Any], group: dist.ProcessGroup) -> Callable[..., torch.Tensor]:
     ranks, per_rank = group.size(), moe.num_experts // group.size()
+    moe.num_here = per_rank
     for name, value in vars(moe.block).items():
         if name in ("num_experts", "num_local_experts", "n_experts") and value == moe.num_experts:
             setattr(moe.block, name, per_rank)

@@ -18,14 +18,15 @@ from planner.runtime.sharded import Context, Cut, Sharded, wrap
 _META = "_planner_sharded_inputs"
 
 
-def _unwrap(tree: Any) -> tuple[Any, list[Any]]:
+def unwrap(tree: Any) -> tuple[Any, list[Any]]:
     """The tree with plain local tensors, and the Sharded ones that were there by position."""
     leaves, spec = tree_flatten(tree)
     marks = [(x.splits, x.wide) if isinstance(x, Sharded) else None for x in leaves]
     return tree_unflatten([x.local if isinstance(x, Sharded) else x for x in leaves], spec), marks
 
 
-def _rewrap(tree: Any, marks: list[Any], ctx: Context) -> Any:
+def rewrap(tree: Any, marks: list[Any], ctx: Context) -> Any:
+    """The tree with Sharded tensors where there are marks (`unwrap`)."""
     leaves, spec = tree_flatten(tree)
     whole = [x if m is None else Sharded(x, m[0], ctx, m[1]) for x, m in zip(leaves, marks, strict=True)]
     return tree_unflatten(whole, spec)
@@ -65,12 +66,12 @@ def adapt(layer: nn.Module, ctx: Context, slots: Any, strategy: LayerStrategy, u
             mark_parameters(slots)
             with ShardMode(ctx) if uses_rules else nullcontext():
                 tree = tree_unflatten(values, spec)
-                inputs = _rewrap(tree, marks, ctx) if marks is not None else tree
+                inputs = rewrap(tree, marks, ctx) if marks is not None else tree
                 out = original(*inputs[0], **inputs[1])
                 ctx.column = None
             if whole:
                 return out
-            local, out_marks[:] = _unwrap(out)
+            local, out_marks[:] = unwrap(out)
             return local
 
         out = strategy_body(body, ctx.strategy or strategy)(leaves)
@@ -102,14 +103,14 @@ def leave_marks(module: nn.Module, marks: list[Any]) -> None:
 
 
 def _enter(layer: nn.Module, args: Any, kwargs: Any) -> Any:
-    (args, kwargs), marks = _unwrap((args, kwargs))
+    (args, kwargs), marks = unwrap((args, kwargs))
     layer.__dict__[_META] = marks
     return args, kwargs
 
 
 def _leave(ctx: Context) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(layer: nn.Module, _args: Any, out: Any) -> Any:
-        return _rewrap(out, layer.__dict__.pop(_META + "_out"), ctx)
+        return rewrap(out, layer.__dict__.pop(_META + "_out"), ctx)
 
     return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,27 +46,16 @@ def boxes(p: Parallel, item: Owned) -> list[Box]:
     if not whole:
         return [Box((), (), ())]
     dim, first, count = _rows(param)
-    shape = list(param.shape)  # of the TP-local tensor
-    if dim:  # stacked experts, which TP leaves whole
-        offsets, sizes = [0] * len(shape), list(shape)
-        offsets[0], offsets[dim], sizes[dim] = p.expert_offset(item), first, count
-        return [Box(tuple(offsets), (0,) * len(shape), tuple(sizes))]
-    pieces = [(0, shape[cut.dim], 0)]  # (local start, length, whole start) along the cut dim
+    shape = param.shape  # of the TP-local tensor
+    runs = [[(0, size, 0)] for size in shape]  # of each dim: (local start, length, whole start)
+    runs[0] = [(0, shape[0], p.expert_offset(item))]
     if cut.kind:
         size, step = shape[cut.dim] // cut.outer, whole[cut.dim] // cut.outer
         (unit,) = p.ctx.held("tp", cut.units)
-        pieces = [(o * size, size, o * step + unit * size) for o in range(cut.outer)]
-    found = []
-    for start, length, at in pieces:
-        lo, hi = (max(start, first), min(start + length, first + count)) if cut.dim == 0 else (start, start + length)
-        rows = count if cut.dim else hi - lo
-        if hi <= lo or rows <= 0:
-            continue
-        offsets, local, sizes = [0] * len(shape), [0] * len(shape), list(shape)
-        offsets[0], sizes[0] = first + p.expert_offset(item), count
-        offsets[cut.dim], local[cut.dim], sizes[cut.dim] = at + lo - start, lo, hi - lo
-        if cut.dim == 0:
-            local[0] = lo - first
-            offsets[0] += p.expert_offset(item)
-        found.append(Box(tuple(offsets), tuple(local), tuple(sizes)))
-    return found
+        runs[cut.dim] = [(o * size, size, o * step + unit * size) for o in range(cut.outer)]
+    held = [(max(start, first), min(start + length, first + count), at - start) for start, length, at in runs[dim]]
+    runs[dim] = [(lo - first, hi - lo, lo + shift) for lo, hi, shift in held if hi > lo]
+    return [
+        Box(tuple(at for _, _, at in run), tuple(start for start, _, _ in run), tuple(length for _, length, _ in run))
+        for run in itertools.product(*runs)
+    ]

@@ -81,6 +81,11 @@ class Parallel:
         """Whether tensors are cut inside the model (TP, context parallelism or packed documents)."""
         return self.spec.tp > 1 or self.spec.cp > 1 or self.packs
 
+    @property
+    def moe_blocks(self) -> list[Moe]:
+        """Every block with routed parameters, once."""
+        return list({id(moe): moe for moe in self.moe.values()}.values())
+
     def expert_offset(self, item: Owned) -> int:
         """First expert of this rank in a parameter that stacks experts; 0 for any other."""
         moe = self.moe.get(item.name)

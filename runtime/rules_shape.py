@@ -10,7 +10,18 @@ from typing import Any
 import torch
 
 from planner.runtime.rules import local_operand, merged, name_of, rule
-from planner.runtime.sharded import SEQ, TP, Context, Recut, Sharded, Split, Unshardable, place, wrap
+from planner.runtime.sharded import (
+    SEQ,
+    TP,
+    Context,
+    Recut,
+    Sharded,
+    Split,
+    Unshardable,
+    place,
+    whole_for_parts,
+    wrap,
+)
 
 
 def _left(x: Sharded, split: Split) -> int:
@@ -181,12 +192,30 @@ def cat(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     width = tensors[0].dim()
     new = name_of(func) == "stack"
     dim = dim % (width + new)
+    heads = next((s for t in tensors if isinstance(t, Sharded) for s in t.splits if s.axis == TP), None)
+    if heads is not None:
+        tensors = [_for_each_head(t, heads, ctx) for t in tensors]
     splits = merged(tensors, width)
     if not new and any(s.dim == dim for s in splits):
         raise Unshardable("concatenation along a sharded dim", splits)
     out = func([local_operand(t, ctx, width, splits) for t in tensors], dim)
     moved = tuple(replace(s, dim=s.dim + (new and s.dim >= dim)) for s in splits)
     return wrap(out, moved, ctx)
+
+
+def _for_each_head(x: torch.Tensor, heads: Split, ctx: Context) -> torch.Tensor:
+    """The heads of this rank of X, with all positions, if X is repeated along the dim of `heads`; else X itself.
+
+    (The rotary part of the keys in latent attention, which all heads share.)
+    """
+    splits, local = (x.splits, x.local) if isinstance(x, Sharded) else ((), x)
+    if local.shape[heads.dim] == 1 or local.stride(heads.dim) != 0 or any(s.dim == heads.dim for s in splits):
+        return x
+    whole = whole_for_parts(wrap(local.narrow(heads.dim, 0, 1), splits, ctx), ctx)
+    splits, local = (whole.splits, whole.local) if isinstance(whole, Sharded) else ((), whole)
+    sizes = list(local.shape)
+    sizes[heads.dim] = x.shape[heads.dim] // heads.units * len(ctx.held(TP, heads.units))
+    return Sharded(local.expand(sizes), (*splits, heads), ctx)
 
 
 @rule("repeat_interleave")

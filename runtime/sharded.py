@@ -281,6 +281,16 @@ def gather_tp(x: Sharded, *, partial_grad: bool) -> torch.Tensor:
     return wrap(local, tuple(left), ctx)
 
 
+def whole_for_parts(x: torch.Tensor, ctx: Context) -> torch.Tensor:
+    """X whole over TP, for parts of a result: every rank has a part of its gradient, which backward sums."""
+    if ctx.spec.tp == 1:
+        return x
+    splits, local = (x.splits, x.local) if isinstance(x, Sharded) else ((), x)
+    if isinstance(x, Sharded) and on_tp(splits):
+        return gather_tp(x, partial_grad=True)
+    return wrap(c.copy_to(local, ctx.tp), splits, ctx) if local.requires_grad else x
+
+
 def scatter_residual(x: torch.Tensor, ctx: Context, *, reduce: bool) -> torch.Tensor:
     """A tensor that is whole (or with `reduce` a partial sum) over TP, in the layout of the residual stream."""
     splits = x.splits if isinstance(x, Sharded) else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ GPT = Shape(num_layers=8, hidden=1024, ffn=4096, heads=16, kv_heads=16, head_dim
             gated=False, tied=True, rotary=False)  # fmt: skip
 LLAMA = Shape(num_layers=8, hidden=1024, ffn=2816, heads=16, kv_heads=4, head_dim=64, vocab=32_000, seq_len=2048,
               gated=True, tied=False, rotary=True)  # fmt: skip
+
+MOE = replace(LLAMA, num_experts=8, top_k=2)
 
 
 def graph(shape: Shape = GPT) -> ModelGraph:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from shapes_for_tests import GPT, LLAMA, graph
+from shapes_for_tests import GPT, LLAMA, MOE, graph
 
 from planner.costmodel.engine import get_engine
-from planner.costmodel.facts import LayoutBytes, layer_facts
-from planner.costmodel.graph import TpCut
+from planner.costmodel.expert_facts import beside_experts, routed_block
+from planner.costmodel.facts import LayerFacts, LayoutBytes, layer_facts
+from planner.costmodel.graph import LayerClass, OpKind, ParamGroup, TpCut
 from planner.costmodel.kernels import BACKWARD_TRAFFIC, kernels_on
 
 SBH = GPT.seq_len * GPT.hidden
@@ -82,3 +83,49 @@ def test_our_cross_entropy_moves_6_bytes_a_logit_and_keeps_2() -> None:
 @pytest.mark.parametrize("name", ["planner", "megatron-core", "nanotron"])
 def test_full_recomputation_keeps_the_layers_input(name: str) -> None:
     assert layer_facts(graph().classes[0], get_engine(name)).saved[2] == LayoutBytes(outer_bytes=2.0 * SBH)
+
+
+def with_names(routed: tuple[str, ...], cut: TpCut, *others: str) -> LayerClass:
+    """The layer of a model of experts with parameters of these names, `others` cut as `cut`."""
+    groups = (ParamGroup(num_params=1, cut=TpCut.ROW, routed=True, names=routed),
+              ParamGroup(num_params=1, cut=cut, routed=False, names=others))  # fmt: skip
+    return dataclasses.replace(graph(MOE).classes[0], params=groups)
+
+
+def test_the_block_of_experts_by_names() -> None:
+    """Stacked weights are parameters of the block, listed experts children of its list; what is beside them."""
+    stacked = with_names(("mlp.experts.down", "mlp.experts.up"), TpCut.REPLICATED, "mlp.gate.weight", "norm.weight")
+    assert (routed_block(stacked), beside_experts(stacked)) == ("mlp.experts", [])
+    names = tuple(f"ffn.experts.{i}.{n}.weight" for i in range(2) for n in ("up", "down"))
+    listed = with_names(names, TpCut.REPLICATED, "ffn.router.weight", "norm.weight")
+    assert (routed_block(listed), beside_experts(listed)) == ("ffn", [(TpCut.REPLICATED, "ffn.router.weight")])
+    assert routed_block(graph().classes[0]) == ""
+
+
+def once_and_apart(layer: LayerClass) -> tuple[LayerFacts, LayerFacts]:
+    once = get_engine("planner")
+    return layer_facts(layer, once), layer_facts(layer, dataclasses.replace(once, sums_experts_once=False))
+
+
+def test_a_single_sum_behind_experts_keeps_whole_tokens_in_front_of_it() -> None:
+    """The experts' results, two a token, bf16; their weights and numbers are whole in both."""
+    once, apart = (facts.saved[0] for facts in once_and_apart(graph(MOE).classes[0]))
+    results = 2 * 2 * MOE.seq_len * MOE.hidden
+    assert once.replicated_bytes - apart.replicated_bytes == apart.outer_bytes - once.outer_bytes == results
+    moves = [op.cut for op in once_and_apart(graph(MOE).classes[0])[0].layer.ops if op.kind is OpKind.PERMUTE]
+    assert moves == [TpCut.REPLICATED] * 2
+
+
+def test_shared_experts_go_with_the_routed_ones_in_a_single_sum() -> None:
+    """Their input is gathered and their output summed with those of the routed ones, or apart."""
+    once, apart = once_and_apart(graph(MOE).classes[0])
+    assert once.gathered_bytes == apart.gathered_bytes and once.row_bytes == apart.row_bytes
+    names = tuple(f"ffn.experts.{i}.down.weight" for i in range(2))
+    once, apart = once_and_apart(with_names(names, TpCut.ROW, "ffn.shared.down.weight"))
+    assert len(once.row_bytes) == len(apart.row_bytes) - 1 and once.gathered_bytes == apart.gathered_bytes
+
+
+def test_recomputation_stops_in_front_of_the_sum_behind_experts() -> None:
+    facts = layer_facts(graph(MOE).classes[0], get_engine("planner"))
+    assert facts.last_gemm is None
+    assert facts.last_sum_bytes == facts.row_bytes[-1] == 2 * MOE.seq_len * MOE.hidden
