@@ -198,7 +198,8 @@ def _router_names(module: nn.Module, num_experts: int) -> list[str]:
         if linear or (shaped and (_ROUTER.search(name) or _ROUTER.search(type(child).__name__))):
             found.append(name)
     for name, param in module.named_parameters(recurse=False):
-        if param.dim() == 2 and param.shape[0] == num_experts and _ROUTER.search(name):
+        shaped = param.dim() == 2 and param.shape[0] == num_experts and not name.endswith("bias")
+        if shaped and _ROUTER.search(name):
             found.append(name)
     return found
 

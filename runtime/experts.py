@@ -104,6 +104,8 @@ def install(moe: Moe, group: dist.ProcessGroup, ctx: Context) -> None:
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if any(x.is_meta for x in tensors):  # the dry pass: routing needs values
+            if group.size() > 1 and moe.experts is None and len(tensors) != 3:
+                raise RuntimePlanError(f"{moe.path} stacks experts and routes by itself: plan with --forbid ep")
             moe.call = tree_map_only(torch.Tensor, _shape_alone, (args, kwargs))
             return torch.zeros_like(tensors[0])
         marks = marks_of(moe.block)
@@ -118,6 +120,7 @@ def install(moe: Moe, group: dist.ProcessGroup, ctx: Context) -> None:
                 out = scatter_residual(out, ctx, reduce=True)
             if marks is not None:
                 out, outer = unwrap(out)
+                out = out.clone() if out._is_view() else out  # FSDP warns of a view that goes out
                 leave_marks(moe.block, outer)
         return out
 

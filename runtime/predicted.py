@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.estimate import machine_for, model_facts, price_model, spec_keys
+from planner.costmodel.expert_facts import beside_experts, is_cut
 from planner.costmodel.facts import LayerFacts
-from planner.costmodel.graph import LayerClass, OpKind, TpCut
+from planner.costmodel.graph import LayerClass, OpKind, TensorLayout, TpCut
 from planner.costmodel.keys import Keys, Machine
 from planner.costmodel.layer_comm import attention_bytes
 from planner.costmodel.price import LayerPrice
@@ -82,16 +83,51 @@ def _layer_bytes(
         return sent
     rows = sum(facts.row_bytes) + (facts.vocab_row_bytes if spec.vocab_parallel else 0.0)
     columns = sum(facts.gathered_bytes) + (facts.vocab_gathered_bytes if spec.vocab_parallel else 0.0)
-    last = facts.last_gemm
-    skipped = engine.recompute_stops_early and last is not None and last.cut is TpCut.ROW
-    redone_rows = rows - skipped * facts.row_bytes[-1] if recompute == "full" else 0.0
-    gathers_again = recompute == "full" or recompute == "selective" and engine.selective_gathers_again
+    skipped = facts.last_sum_bytes if engine.recompute_stops_early else 0.0
+    redone_rows = rows - skipped if recompute == "full" else 0.0
+    gathers_again = _gathers_again(recompute, engine)
     if spec.sequence_parallel:
         sent["all_gather"] += scale * (columns + gathers_again * columns + rows)
         sent["reduce_scatter"] += scale * (rows + redone_rows + columns)
     else:
         sent["all_reduce"] += scale * (rows + redone_rows + columns)
     return sent
+
+
+def _gathers_again(recompute: str, engine: EngineSpec) -> bool:
+    return recompute == "full" or recompute == "selective" and engine.selective_gathers_again
+
+
+def _shared_bytes(layer: LayerClass) -> float:
+    """What TP ranks need whole beside the inputs of GEMMs, and whose gradient they sum: bytes at the traced shape.
+
+    The weights of a router outside of its experts' block, and what all heads share of what each has its own of
+    (the rotary part of the keys in latent attention).
+    """
+    sizes = [layer.activations[a] for a in _combined(layer)[1:2]]
+    sizes += [
+        layer.activations[a] for op in layer.ops if op.cut is TpCut.INNER for a in op.inputs
+        if layer.activations[a].layout is TensorLayout.OUTER and layer.activations[a].scales_with_batch
+    ]  # fmt: skip
+    return float(sum(a.num_bytes for a in sizes))
+
+
+def _combined(layer: LayerClass) -> tuple[int, ...]:
+    """(results, weights, choice) that the combination of experts reads, if they come from outside of the block."""
+    if not is_cut(layer) or beside_experts(layer):
+        return ()
+    return next(op.inputs for op in reversed(layer.ops) if op.kind is OpKind.PERMUTE)
+
+
+def _small_bytes(layer: LayerClass, spec: PlanSpec, scale: float, gathers_again: bool) -> dict[str, float]:
+    """Messages over TP of one micro-batch that the cost model leaves out."""
+    if spec.tp == 1:
+        return {}
+    shared = scale * _shared_bytes(layer)
+    if not spec.sequence_parallel:
+        return {"all_reduce": shared}
+    chosen = scale * sum(layer.activations[a].num_bytes for a in _combined(layer)[2:])
+    return {"all_gather": (1 + gathers_again) * (shared + chosen), "reduce_scatter": shared}
 
 
 def _exchanges(part: _Part, keys: Keys, machine: Machine) -> list[tuple[str, float]]:
@@ -132,6 +168,9 @@ def predicted_rank(plan: Plan, rank: int, uneven: tuple[float, float] = (0.0, 0.
         dense, routed = dense + d, routed + r
         for kind, num_bytes in _layer_bytes(part.facts, spec, scale, part.strategy.recompute, inputs.engine).items():
             sent[kind] += m * num_bytes
+        again = _gathers_again(part.strategy.recompute, inputs.engine)
+        for kind, num_bytes in _small_bytes(part.layer, spec, scale, again).items():
+            sent[kind] += m * num_bytes
         for kind, num_bytes in _exchanges(part, keys, machine):
             sent[kind] += m * num_bytes
             calls[kind] += m
@@ -171,6 +210,8 @@ def _unpriced(sent: dict[str, float], layers: list[LayerClass], last: bool, shar
     if last and spec.vocab_parallel:
         sent["all_gather"] += m * tokens * 3 * _LOSS_BYTES * spec.tp
     if not spec.sequence_parallel:
+        routers = sum(map(_router_params, layers)) if spec.tp > 1 else 0
+        sent["all_reduce"] += routers / shard * plan.inputs.engine.grad_bytes
         return
     if last and not spec.vocab_parallel:
         sent["all_reduce"] += m * _LOSS_BYTES
@@ -189,6 +230,14 @@ def _unpriced(sent: dict[str, float], layers: list[LayerClass], last: bool, shar
     sent["all_reduce"] += whole / shard * plan.inputs.engine.grad_bytes
 
 
+def _router_params(layer: LayerClass) -> int:
+    """Parameters of the router and gates of a block that routes by itself: TP ranks have parts of their gradient."""
+    if not is_cut(layer) or not beside_experts(layer):
+        return 0
+    gemms = [op.gemm for op in layer.ops if op.gemm is not None and not op.routed]
+    return sum(g.n * g.k for g in gemms if g.n in (1, layer.num_experts))
+
+
 def _padding(uneven: tuple[float, float]) -> tuple[str, ...]:
     if not any(uneven):
         return ()
@@ -205,6 +254,9 @@ def _notes(plan: Plan) -> tuple[str, ...]:
         found.append("context parallelism keeps attention's output before and after it is exchanged or laid out anew")
     if spec.ep > 1:
         found.append("expert parallelism: routing taken as balanced; all_to_all includes the rows of each expert")
+    if spec.tp > 1 and any(is_cut(layer) or _shared_bytes(layer) for layer in plan.inputs.graph.classes):
+        found.append("messages over tp include a router's weights and choice, or its gradient, and what attention "
+                     "heads share, which is not priced")  # fmt: skip
     if spec.sequence_parallel:
         found.append("all_reduce includes the gradients of uncut parameters over tp once a step, which is not priced")
     return tuple(found)

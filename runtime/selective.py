@@ -19,6 +19,7 @@ from planner.runtime.errors import RuntimePlanError
 _KEPT = (
     "ring_attention",
     "mm",
+    "grouped_mm",
     "addmm",
     "bmm",
     "baddbmm",
@@ -78,7 +79,7 @@ class Keep(TorchDispatchMode):
     """Forward: write the results of kept ops down, in order.
 
     Not those that backward has no use for: products whose parts are summed over ranks at once, of which a shape is
-    enough, and the last such sum with its product, in front of which recomputation stops.
+    enough, and the last sum (of a product with it), in front of which recomputation stops.
     """
 
     def __init__(self, kept: list[Result]) -> None:
@@ -95,9 +96,10 @@ class Keep(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if len(self.kept) > 1 and self.kept[-2].partial and self.kept[-1].func.name().startswith(_SUMS):
-            for result in self.kept[-2:]:
-                result.out = None
+        if self.kept and self.kept[-1].func.name().startswith(_SUMS):
+            self.kept[-1].out = None
+            if len(self.kept) > 1 and self.kept[-2].partial:
+                self.kept[-2].out = None
 
 
 class Replay(TorchDispatchMode):

@@ -59,11 +59,6 @@ OPTIONS: tuple[Option, ...] = (
 
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(
-        names=("ep", "tp"),
-        used=lambda s: s.ep > 1 and s.tp > 1,
-        reason="the runtime does not cut experts by tensor parallelism yet",
-    ),
-    Combination(
         names=("selective", "zero-bubble"),
         used=lambda s: s.schedule in _ZERO_BUBBLE and any(x.recompute == "selective" for x in s.layers),
         reason="selective recomputation hands out what it kept once, zero-bubble schedules ask for it twice",
@@ -89,24 +84,19 @@ COMPILED_LACKS = {
 }  # fmt: skip
 
 
-def reasons(spec: PlanSpec, experts: bool = False, compiled: bool = False) -> tuple[str, ...]:
-    """Why the runtime cannot execute `spec`, one line each; empty if it can.
-
-    `experts`: the model has routed ones; `compiled`: layers are given to torch.compile.
-    """
+def reasons(spec: PlanSpec, compiled: bool = False) -> tuple[str, ...]:
+    """Why the runtime cannot execute `spec`, a line each; empty if it can. `compiled`: torch.compile has the layers."""
     found = [f"{o.name}: {o.reason}" for o in OPTIONS if o.reason and o.used(spec)]
     if compiled:
         found += [f"{o.name}, compiled: {COMPILED_LACKS[o.name]}" for o in OPTIONS if o.name in COMPILED_LACKS
                   and o.used(spec)]  # fmt: skip
     found += [f"{' with '.join(c.names)}: {c.reason}" for c in COMBINATIONS if c.used(spec)]
-    if experts and spec.tp > 1 and spec.ep == 1:
-        found.append("tp on experts: the runtime does not cut experts by tensor parallelism yet")
     return tuple(found)
 
 
 def unsupported(spec: PlanSpec, compiled: bool = False) -> str | None:
     """The first reason why the runtime cannot execute `spec`, or None."""
-    return next(iter(reasons(spec, compiled=compiled)), None)
+    return next(iter(reasons(spec, compiled)), None)
 
 
 def groups_unsupported(spec: PlanSpec, compiled: bool = False) -> str | None:

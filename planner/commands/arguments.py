@@ -165,16 +165,11 @@ def engine_of(name: str) -> EngineSpec:
         raise UserError(str(error)) from None
 
 
-def has_experts(graph: ModelGraph) -> bool:
-    """Whether the model routes tokens to experts."""
-    return any(layer.num_experts > 1 for layer in graph.classes)
-
-
 def executable_reasons(spec: PlanSpec, job: Job) -> tuple[str, ...]:
-    """Why the runtime cannot execute `spec` of the job's model; empty if it can."""
+    """Why the runtime cannot execute `spec` of the job; empty if it can."""
     from planner.runtime.support import reasons
 
-    found: tuple[str, ...] = reasons(spec, has_experts(job.graph), job.machine.engine.compiles)
+    found: tuple[str, ...] = reasons(spec, job.machine.engine.compiles)
     return found
 
 

@@ -79,8 +79,6 @@ def run(args: argparse.Namespace) -> int:
     limits = arguments.limits_of(engine, args.fix, args.forbid, args.executable_only)
     lengths = sequences.lengths_of(args)
     graph = arguments.load_graph(args)
-    if args.executable_only and arguments.has_experts(graph):
-        limits = replace(limits, forbidden=limits.forbidden | {"tp"})  # the runtime cuts no experts by TP
     if args.save_graph:
         from planner.profiler.graph_io import encode_graph
 

@@ -17,7 +17,8 @@ from planner.runtime.support import unsupported
 from planner.space import SCHEDULES, Limits, enumerate_cells, layouts
 
 SEQ_LEN, GLOBAL_BATCH, LAYERS = 16, 8, 4
-MODELS = {"llama": 96, "gpt": 96, "odd": 128, "hf_llama": 96, "hf_gpt2": 96, "hf_mixtral": 96, "deepseek": 96}
+MODELS = {"llama": 96, "gpt": 96, "odd": 128, "hf_llama": 96, "hf_gpt2": 96, "hf_mixtral": 96, "deepseek": 96,
+          "biased": 96}  # fmt: skip
 
 
 @functools.cache
@@ -49,13 +50,16 @@ def spec(*, stages=None, layers=None, recompute="none", offload=False, **options
     return PlanSpec(stage_layers=stages, layers=layers, **options)
 
 
-def case(model: str, plan: PlanSpec, folder: Path, compiled: bool = False) -> dict:
-    """What a rank needs to run one case, as JSON."""
+def case(
+    model: str, plan: PlanSpec, folder: Path, resumes: PlanSpec | None = None, compiled: bool = False
+) -> dict:
+    """What a rank needs to run one case, as JSON. `resumes`: the plan that goes on from its checkpoint."""
     graph = folder / f"{model}.graph.json"
     if not graph.exists():
         graph.write_bytes(encode_graph(graph_of(model)))
     return {"model": model, "spec": msgspec.to_builtins(plan), "graph": str(graph), "vocab": MODELS[model],
-            "seq_len": SEQ_LEN, "catch": True, "compiled": compiled}  # fmt: skip
+            "seq_len": SEQ_LEN, "catch": True, "folder": str(folder), "compiled": compiled,
+            "resumes": msgspec.to_builtins(resumes)}  # fmt: skip
 
 
 _SP = {"sequence_parallel": True, "vocab_parallel": True}
@@ -100,6 +104,8 @@ ALONE: dict[str, tuple[int, str, PlanSpec]] = {
     "ep stacked": (2, "hf_mixtral", spec(dp_shard=2, ep=2, zero_stage=1)),
     "ep listed": (2, "deepseek", spec(dp_shard=2, ep=2)),
     "ep over context ranks": (2, "deepseek", spec(ring=2, ep=2, zero_stage=1)),
+    "tp of stacked experts": (2, "hf_mixtral", spec(tp=2)),
+    "sp of listed experts": (2, "deepseek", spec(tp=2, **_SP)),
     "full": (2, "llama", spec(dp_shard=2, recompute="full", zero_stage=3)),
     "selective": (2, "gpt", spec(tp=2, recompute="selective", **_SP)),
     "offload_activations": (2, "llama", spec(dp_shard=2, offload=True)),
@@ -124,6 +130,15 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "ep within zero3, full": (4, "hf_mixtral", spec(dp_shard=4, ep=2, zero_stage=3, recompute="full")),
     "ep pp": (4, "deepseek", spec(dp_shard=2, ep=2, pp=2, zero_stage=1)),
     "ep of replicas": (4, "deepseek", spec(dp_replicate=2, dp_shard=2, ep=4, zero_stage=2)),
+    "ep tp sp zero3 full": (4, "hf_mixtral", spec(
+        tp=2, dp_shard=2, ep=2, zero_stage=3, recompute="full", global_batch_size=4, **_SP)),
+    "ep tp selective": (4, "deepseek", spec(
+        tp=2, dp_shard=2, ep=2, zero_stage=1, recompute="selective", global_batch_size=4)),
+    "experts tp ulysses": (4, "hf_mixtral", spec(
+        tp=2, ulysses=2, zero_stage=2, micro_batch_size=2, global_batch_size=4, **_SP)),
+    "experts tp zb_h1": (4, "deepseek", spec(tp=2, global_batch_size=4, **_H1, **_SP)),
+    "experts with biases tp zero3": (4, "biased", spec(
+        tp=2, dp_shard=2, zero_stage=3, global_batch_size=4, **_SP)),
     "interleaved tp sp selective": (4, "llama", spec(tp=2, recompute="selective", **_INTER, **_SP)),
     "zb_h1 ring": (4, "llama", spec(ring=2, **_H1)),
     "zb_h1 ep": (4, "hf_mixtral", spec(dp_shard=2, ep=2, **_H1)),
@@ -140,6 +155,11 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "everything": (8, "llama", spec(pp=2, tp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP)),
 }  # fmt: skip
 
+# Case -> the plan that goes on from its checkpoint.
+RESUMED = {
+    "ep tp sp zero3 full": spec(dp_shard=4, ep=4, zero_stage=2),
+    "experts with biases tp zero3": spec(tp=4, vocab_parallel=True),
+}
 
 # (model, ranks, plans) of those drawn, with the ranks as seed.
 DRAWN = (("llama", 4, 10), ("gpt", 4, 6), ("llama", 8, 8))

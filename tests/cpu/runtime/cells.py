@@ -97,7 +97,6 @@ def render() -> str:
     lines += ["", "## Not executable", ""]
     lines += [f"- {' with '.join(c.names)}: {c.reason}" for c in COMBINATIONS]
     lines += [f"- {o.name}: {o.reason}" for o in OPTIONS if o.reason]
-    lines += [f"- a model with experts, without ep: {why}" for why in reasons(least("tp"), experts=True)]
     missing = [f"- {' with '.join(pair)}" for pair, (state, _) in pairs.items() if state == NOT_COVERED]
     lines += ["", "## Not covered", "", *(missing or ["None."])]
     return "\n".join(lines) + "\n"

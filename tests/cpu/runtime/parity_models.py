@@ -1,5 +1,6 @@
 """Small models for parity runs, built without arguments: two examples, a hand-written one, three of Hugging Face."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -25,6 +26,49 @@ def llama():
 
 def gpt():
     return _load(ROOT / "examples/gpt3_175b.py").Gpt(layers=4, hidden=32, heads=4, max_len=24, vocab=96)
+
+
+class Stack(torch.nn.Module):
+    """Experts as gpt-oss has them: stacked weights with the inputs first, gate and up interleaved, biases."""
+
+    def __init__(self, experts, hidden, ffn):
+        super().__init__()
+        self.num_experts = experts
+        self.gate_up = torch.nn.Parameter(torch.randn(experts, hidden, 2 * ffn) / hidden**0.5)
+        self.gate_up_bias = torch.nn.Parameter(torch.randn(experts, 2 * ffn))
+        self.down = torch.nn.Parameter(torch.randn(experts, ffn, hidden) / ffn**0.5)
+        self.down_bias = torch.nn.Parameter(torch.randn(experts, hidden))
+
+    def forward(self, hidden, chosen, weights):
+        out = torch.zeros_like(hidden)
+        for number in range(self.num_experts):
+            row, slot = (chosen == number).nonzero(as_tuple=True)
+            both = hidden[row] @ self.gate_up[number] + self.gate_up_bias[number]
+            middle = torch.nn.functional.silu(both[:, ::2]) * both[:, 1::2]
+            done = middle @ self.down[number] + self.down_bias[number]
+            out = out.index_add(0, row, done * weights[row, slot, None])
+        return out
+
+
+class Routed(torch.nn.Module):
+    def __init__(self, experts, hidden, ffn):
+        super().__init__()
+        self.top_k = 2
+        self.router = torch.nn.Linear(hidden, experts)
+        self.experts = Stack(experts, hidden, ffn)
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        weights, chosen = self.router(rows).softmax(dim=-1).topk(self.top_k, dim=-1)
+        return self.experts(rows, chosen, weights).view_as(x)
+
+
+def biased():
+    """Three experts, which do not divide over two ranks of ZeRO."""
+    model = llama()
+    for layer in model.layers:
+        layer.feed_forward = Routed(experts=3, hidden=32, ffn=24)
+    return model
 
 
 def odd():
@@ -56,13 +100,22 @@ def hf_mixtral():
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, num_local_experts=4, num_experts_per_tok=2,
         use_cache=False, attn_implementation="sdpa", sliding_window=None, router_jitter_noise=0.0,
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     model.set_experts_implementation("eager")  # the grouped kernel knows no float64
+    for layer in model.model.layers:
+        layer.mlp.gate.forward = functools.partial(_route, layer.mlp.gate)
     return model
+
+
+def _route(gate, hidden):
+    """The router of Mixtral in the dtype of its input: float32 would let rounding show that is not there."""
+    logits = torch.nn.functional.linear(hidden.reshape(-1, gate.hidden_dim), gate.weight)
+    top, chosen = logits.softmax(dim=-1).topk(gate.top_k, dim=-1)
+    return logits, top / top.sum(dim=-1, keepdim=True), chosen
 
 
 def deepseek():

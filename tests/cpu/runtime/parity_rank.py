@@ -13,6 +13,7 @@ import torch.distributed as dist
 from planner.costmodel.strategy import PlanSpec
 from planner.profiler.graph_io import decode_graph
 from planner.runtime.apply import parallelize
+from planner.runtime.checkpoint import Checkpoints, committed, moments_of
 from planner.runtime.layout import boxes
 from planner.runtime.optimizer import AdamWConfig
 from planner.runtime.parallel import next_token_loss
@@ -89,6 +90,23 @@ def worst(ours, theirs):
     return max(found.items(), key=lambda pair: pair[1])
 
 
+def state(parallel):
+    """Whole parameters and moments."""
+    values = [lambda item: local(item.param).detach()]
+    values += [lambda item, n=n: moments_of(parallel, item)[n] for n in ("exp_avg", "exp_avg_sq")]
+    return [whole(parallel, value) for value in values]
+
+
+def resumed(parallel, case, graph):
+    """How far the state under another plan is from the one that was saved."""
+    checkpoints = Checkpoints(Path(case["folder"]) / case["model"])
+    checkpoints.save(parallel, {"step": STEPS, "optimizer_steps": STEPS})
+    checkpoints.wait()
+    other = parallelize(build(case), msgspec.convert(case["resumes"], PlanSpec), graph, seq_len=case["seq_len"])
+    checkpoints.load(other, committed(checkpoints.folder)[-1])
+    return max(worst(ours, theirs)[1] for ours, theirs in zip(state(other), state(parallel), strict=True))
+
+
 _cache = {}
 
 
@@ -119,6 +137,7 @@ def run_case(case):
         "grads": worst(got_grads, grads),
         "params": worst(got_params, params),
         "gathered": dict(parallel.ctx.gathered),
+        "resumed": resumed(parallel, case, graph) if case["resumes"] else 0.0,
     }
 
 
