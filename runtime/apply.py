@@ -33,7 +33,7 @@ from planner.runtime.parallel import Loss, Parallel, next_token_loss
 from planner.runtime.pipeline import StageModule, build_schedule, stages_of
 from planner.runtime.rules import ShardMode
 from planner.runtime.sharded import Context
-from planner.runtime.support import groups_unsupported, unsupported
+from planner.runtime.support import COMPILED_EXPERTS, groups_unsupported, unsupported
 
 assert rules_math and rules_shape  # importing them registers the rules
 
@@ -81,6 +81,8 @@ def parallelize(
         full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
     _experts(parallel)
+    if compiled and parallel.moe:
+        raise RuntimePlanError(f"this plan is not executable: {COMPILED_EXPERTS}")
     _dry_pass(parallel)
     if spec.tp > 1:
         expert_cuts.settle(parallel.moe_blocks, table, cutting.alike(table, graph), spec.tp)

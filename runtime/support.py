@@ -82,6 +82,7 @@ COMPILED_LACKS = {
     "tp": _RULES, "ulysses": _RULES, "ring": _RULES, "ep": "experts exchange rows of any number inside a layer",
     "selective": _PIECES, "offload_activations": _PIECES, "zb_h1": _PIECES, "zb_v": _PIECES,
 }  # fmt: skip
+COMPILED_EXPERTS = "compiled layers with experts: rows of any number would be compiled for again and again"
 
 
 def reasons(spec: PlanSpec, compiled: bool = False) -> tuple[str, ...]:

@@ -167,9 +167,12 @@ def engine_of(name: str) -> EngineSpec:
 
 def executable_reasons(spec: PlanSpec, job: Job) -> tuple[str, ...]:
     """Why the runtime cannot execute `spec` of the job; empty if it can."""
-    from planner.runtime.support import reasons
+    from planner.runtime.support import COMPILED_EXPERTS, reasons
 
-    found: tuple[str, ...] = reasons(spec, job.machine.engine.compiles)
+    compiled = job.machine.engine.compiles
+    found: tuple[str, ...] = reasons(spec, compiled)
+    if compiled and any(layer.num_experts > 1 for layer in job.graph.classes):
+        found = (*found, COMPILED_EXPERTS)
     return found
 
 

@@ -14,7 +14,7 @@ from cells import LEAST, TABLE, least, render  # noqa: E402
 from worlds import run_world  # noqa: E402
 
 from planner.costmodel.pipeline import ScheduleKind  # noqa: E402
-from planner.runtime.support import COMPILED_LACKS, OPTIONS, reasons  # noqa: E402
+from planner.runtime.support import COMPILED_EXPERTS, COMPILED_LACKS, OPTIONS, reasons  # noqa: E402
 
 LIMIT = 1e-9  # relative to the largest element of a tensor, after three steps
 
@@ -59,8 +59,9 @@ def test_compiled_layers(tmp_path: Path) -> None:
         "zero3 full": spec(dp_shard=2, zero_stage=3, recompute="full"),
         "pp interleaved": spec(pp=2, vpp=2, schedule=ScheduleKind.INTERLEAVED, micro_batch_size=2),
     }
-    runs = [(name, "llama", plan) for name, plan in plans.items()]
-    check(2, [*runs, ("experts", "hf_mixtral", spec(dp_shard=2, zero_stage=1))], tmp_path, compiled=True)
+    check(2, [(name, "llama", plan) for name, plan in plans.items()], tmp_path, compiled=True)
+    run = case("hf_mixtral", spec(dp_shard=2), tmp_path, compiled=True)
+    assert COMPILED_EXPERTS in run_world(2, "parity_rank.run", [run])[0][0]["error"]
     assert set(COMPILED_LACKS) < {o.name for o in OPTIONS}
     for name in COMPILED_LACKS:
         assert reasons(least(name), compiled=True)[0].startswith(name) and not reasons(least(name))
