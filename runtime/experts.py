@@ -26,6 +26,7 @@ from planner.kernels.exchange import moe_permute, moe_unpermute
 from planner.runtime import collectives as c
 from planner.runtime.errors import RuntimePlanError
 from planner.runtime.layers import leave_marks, marks_of, rewrap, unwrap
+from planner.runtime.selective import forget_product
 from planner.runtime.sharded import Context, Cut, scatter_residual, whole_for_parts
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -165,6 +166,7 @@ def _stacked(moe: Moe, original: Callable[..., Any], group: dist.ProcessGroup) -
         arrived = c.all_to_all(copies, group, took, sent)
         local = torch.arange(per_rank, device=counts.device).repeat(ranks).repeat_interleave(received.reshape(-1))
         done = original(arrived, local.unsqueeze(-1), torch.ones_like(local, dtype=rows.dtype).unsqueeze(-1))
+        forget_product()
         back = c.all_to_all(done, group, sent, took)
         out = moe_unpermute(back, order, weights.reshape(-1, top_k))
         return out if out.shape == hidden.shape else out.view(hidden.shape)  # FSDP warns of a view that goes out
@@ -219,6 +221,7 @@ def _listed(moe: Moe, original: Callable[..., Any], group: dist.ProcessGroup) ->
             assert expert is not None
             mine = parts[i::per_rank]
             done.append(expert(torch.cat(mine)).split([len(m) for m in mine]))
+            forget_product()
         results = torch.cat([done[i][source] for source in range(ranks) for i in range(per_rank)])
         back = c.all_to_all(results, group, sent, took).split(counts.tolist())
         for stand, result in zip(stands, back, strict=True):

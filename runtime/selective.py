@@ -75,6 +75,17 @@ def _versions(tree: Any) -> list[int]:
     return [x._version for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
+_keeping: list[Keep] = []  # of the layers that run now, the innermost last
+
+
+def forget_product() -> None:
+    """Say of the last product that backward needs its shape alone: what comes of it is sent and kept as received."""
+    if _keeping and _keeping[-1].kept:
+        last = _keeping[-1].kept[-1]
+        if not last.func.name().startswith(_SENT) and not last.partial:
+            last.out, last.partial = tree_map_only(torch.Tensor, _Shape.of, last.out), True
+
+
 class Keep(TorchDispatchMode):
     """Forward: write the results of kept ops down, in order.
 
@@ -86,6 +97,10 @@ class Keep(TorchDispatchMode):
         super().__init__()
         self.kept = kept
 
+    def __enter__(self) -> Any:
+        _keeping.append(self)
+        return super().__enter__()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if _is_kept(func):
@@ -96,6 +111,7 @@ class Keep(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _keeping.pop()
         if self.kept and self.kept[-1].func.name().startswith(_SUMS):
             self.kept[-1].out = None
             if len(self.kept) > 1 and self.kept[-2].partial:
