@@ -14,6 +14,7 @@ from planner.costmodel.strategy import LayerStrategy
 from planner.runtime.recompute import strategy_body
 from planner.runtime.rules import ShardMode
 from planner.runtime.sharded import Context, Cut, Sharded, wrap
+from planner.runtime.support import ZERO_BUBBLE
 
 _META = "_planner_sharded_inputs"
 
@@ -74,7 +75,7 @@ def adapt(layer: nn.Module, ctx: Context, slots: Any, strategy: LayerStrategy, u
             local, out_marks[:] = unwrap(out)
             return local
 
-        out = strategy_body(body, ctx.strategy or strategy)(leaves)
+        out = strategy_body(body, ctx.strategy or strategy, once=ctx.spec.schedule not in ZERO_BUBBLE)(leaves)
         leave_marks(layer, out_marks)
         return out
 

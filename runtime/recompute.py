@@ -18,17 +18,20 @@ watched: Callable[[torch.Tensor, bool], torch.Tensor] | None = None  # copies to
 _SMALL_BYTES = 1024  # below this a copy costs more than the memory is worth
 
 
-def strategy_body(body: Body, strategy: LayerStrategy) -> Body:
-    """`body`, a function of a list of tensors and other values, under a layer's strategy."""
+def strategy_body(body: Body, strategy: LayerStrategy, once: bool) -> Body:
+    """`body`, a function of a list of tensors and other values, under a layer's strategy.
+
+    `once`: backward is one pass, not one for inputs and one for weights.
+    """
     if strategy.recompute == "full":
         return partial(_full, body, strategy.offload_activations)
     if strategy.recompute == "selective":
-        return partial(_selective, body)
+        return partial(_selective, body, once)
     return partial(_offloaded, body) if strategy.offload_activations else body
 
 
-def _selective(body: Body, values: list[Any]) -> Any:
-    return checkpoint(body, values, use_reentrant=False, context_fn=contexts)
+def _selective(body: Body, once: bool, values: list[Any]) -> Any:
+    return checkpoint(body, values, use_reentrant=False, context_fn=partial(contexts, once))
 
 
 def _full(body: Body, offload: bool, values: list[Any]) -> Any:

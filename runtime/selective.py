@@ -119,11 +119,14 @@ class Keep(TorchDispatchMode):
 
 
 class Replay(TorchDispatchMode):
-    """Recomputation: hand the results out again; an op without one runs."""
+    """Recomputation: hand the results out again; an op without one runs.
 
-    def __init__(self, kept: list[Result]) -> None:
+    `once`: backward is one pass, after which a result is not needed again.
+    """
+
+    def __init__(self, kept: list[Result], once: bool) -> None:
         super().__init__()
-        self.kept, self.at = kept, 0
+        self.kept, self.once, self.at = kept, once, 0
 
     def __enter__(self) -> Any:
         self.at = 0
@@ -135,17 +138,19 @@ class Replay(TorchDispatchMode):
         result = self.kept[self.at]
         assert result.func is func, f"recomputation ran {func} where forward ran {result.func}"
         self.at += 1
-        out, result.out = result.out, None
+        out = result.out
+        if self.once:
+            result.out = None
         if out is not None and result.partial:
             return tree_map_only(_Shape, _Shape.empty, out)
         if out is None:
             return func(*args, **(kwargs or {}))
         if _versions(out) != result.versions:
             raise RuntimePlanError(f"{func} is kept by selective recomputation and written to after: plan without it")
-        return out
+        return out if self.once else tree_map_only(torch.Tensor, torch.Tensor.detach, out)  # each pass has its graph
 
 
-def contexts() -> tuple[Keep, Replay]:
-    """Of one call of a layer: for forward, and for recomputation in backward."""
+def contexts(once: bool) -> tuple[Keep, Replay]:
+    """Of one call of a layer: for forward, and for recomputation in backward, in a single pass if `once`."""
     kept: list[Result] = []
-    return Keep(kept), Replay(kept)
+    return Keep(kept), Replay(kept, once)

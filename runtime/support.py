@@ -33,7 +33,7 @@ class Combination:
     reason: str
 
 
-_ZERO_BUBBLE = (ScheduleKind.ZB_H1, ScheduleKind.ZB_V)
+ZERO_BUBBLE = (ScheduleKind.ZB_H1, ScheduleKind.ZB_V)
 
 OPTIONS: tuple[Option, ...] = (
     Option(name="dp", used=lambda s: s.dp > 1),
@@ -59,13 +59,8 @@ OPTIONS: tuple[Option, ...] = (
 
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(
-        names=("selective", "zero-bubble"),
-        used=lambda s: s.schedule in _ZERO_BUBBLE and any(x.recompute == "selective" for x in s.layers),
-        reason="selective recomputation hands out what it kept once, zero-bubble schedules ask for it twice",
-    ),
-    Combination(
         names=("zero2 or zero3", "zero-bubble"),
-        used=lambda s: s.schedule in _ZERO_BUBBLE and s.zero_stage >= 2,
+        used=lambda s: s.schedule in ZERO_BUBBLE and s.zero_stage >= 2,
         reason="FSDP2 reduces and frees at the end of the input-gradient pass, before the weight gradients exist",
     ),
     Combination(

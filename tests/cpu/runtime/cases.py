@@ -121,7 +121,7 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "ulysses zero3": (4, "hf_gpt2", spec(ulysses=2, dp_shard=2, zero_stage=3)),
     "zb_v tp sp tied": (4, "gpt", spec(tp=2, **_V, **_SP)),
     "zb_h1 tp full": (4, "hf_llama", spec(tp=2, recompute="full", **_H1, **_SP)),
-    "interleaved ring zero1": (4, "llama", spec(ring=2, zero_stage=1, **_INTER)),
+    "interleaved ulysses zero1": (4, "llama", spec(ulysses=2, zero_stage=1, offload_optimizer=True, **_INTER)),
     "interleaved zero3": (4, "llama", spec(dp_shard=2, zero_stage=3, **_INTER)),
     "zb_v zero1": (4, "llama", spec(dp_shard=2, zero_stage=1, **_V)),
     "1f1b zero2 mixed layers": (4, "llama", spec(pp=2, dp_shard=2, zero_stage=2, layers=(
@@ -140,6 +140,7 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "experts with biases tp zero3": (4, "biased", spec(
         tp=2, dp_shard=2, zero_stage=3, global_batch_size=4, **_SP)),
     "interleaved tp sp selective": (4, "llama", spec(tp=2, recompute="selective", **_INTER, **_SP)),
+    "zb_h1 tp sp selective": (4, "llama", spec(tp=2, recompute="selective", **_H1, **_SP)),
     "zb_h1 ring": (4, "llama", spec(ring=2, **_H1)),
     "zb_h1 ep": (4, "hf_mixtral", spec(dp_shard=2, ep=2, **_H1)),
     "zb_v ep": (4, "deepseek", spec(dp_shard=2, ep=2, zero_stage=1, **_V)),
