@@ -18,6 +18,38 @@ def tanh(x):
 
 
 @triton.jit
+def blocks(ptr, D: tl.constexpr):
+    """The blocks of R of the four gates."""
+    return tl.load(ptr), tl.load(ptr + D * D), tl.load(ptr + 2 * D * D), tl.load(ptr + 3 * D * D)
+
+
+@triton.jit
+def load_gates(ptr, here, D: tl.constexpr):
+    """The four gates of a step, in float32."""
+    i = tl.load(ptr, mask=here, other=0.0).to(tl.float32)
+    f = tl.load(ptr + D, mask=here, other=0.0).to(tl.float32)
+    z = tl.load(ptr + 2 * D, mask=here, other=0.0).to(tl.float32)
+    o = tl.load(ptr + 3 * D, mask=here, other=0.0).to(tl.float32)
+    return i, f, z, o
+
+
+@triton.jit
+def store_gates(ptr, here, D: tl.constexpr, i, f, z, o):
+    """Store the four gates of a step."""
+    tl.store(ptr, i.to(ptr.dtype.element_ty), mask=here)
+    tl.store(ptr + D, f.to(ptr.dtype.element_ty), mask=here)
+    tl.store(ptr + 2 * D, z.to(ptr.dtype.element_ty), mask=here)
+    tl.store(ptr + 3 * D, o.to(ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def through(di, df, dz, do, r_i, r_f, r_z, r_o):
+    """Gradient of the state before a step, through the four products."""
+    dh = tl.dot(di, r_i, input_precision="ieee") + tl.dot(df, r_f, input_precision="ieee")
+    return dh + tl.dot(dz, r_z, input_precision="ieee") + tl.dot(do, r_o, input_precision="ieee")
+
+
+@triton.jit
 def forward_lstm_kernel(
     x_ptr, r_ptr, h0_ptr, c0_ptr, hs_ptr, cs_ptr, gates_ptr, batch, time, heads, B: tl.constexpr, D: tl.constexpr
 ):
@@ -27,20 +59,14 @@ def forward_lstm_kernel(
     d = tl.arange(0, D)
     here = (row < batch)[:, None]
     square = head * 4 * D * D + d[:, None] * D + d[None, :]
-    r_i = tl.load(r_ptr + square)
-    r_f = tl.load(r_ptr + square + D * D)
-    r_z = tl.load(r_ptr + square + 2 * D * D)
-    r_o = tl.load(r_ptr + square + 3 * D * D)
+    r_i, r_f, r_z, r_o = blocks(r_ptr + square, D)
     start = (row * heads + head)[:, None] * D + d[None, :]
     h = tl.load(h0_ptr + start, mask=here, other=0.0).to(r_i.dtype)
     c = tl.load(c0_ptr + start, mask=here, other=0.0).to(tl.float32)
     for t in range(0, time):
         at = ((row.to(tl.int64) * time + t) * heads + head)[:, None] * D
         gate = at * 4 + d[None, :]
-        i = tl.load(x_ptr + gate, mask=here, other=0.0).to(tl.float32)
-        f = tl.load(x_ptr + gate + D, mask=here, other=0.0).to(tl.float32)
-        z = tl.load(x_ptr + gate + 2 * D, mask=here, other=0.0).to(tl.float32)
-        o = tl.load(x_ptr + gate + 3 * D, mask=here, other=0.0).to(tl.float32)
+        i, f, z, o = load_gates(x_ptr + gate, here, D)
         i = tl.sigmoid(i + tl.dot(h, r_i, input_precision="ieee"))
         f = tl.sigmoid(f + tl.dot(h, r_f, input_precision="ieee"))
         z = tanh(z + tl.dot(h, r_z, input_precision="ieee"))
@@ -49,10 +75,7 @@ def forward_lstm_kernel(
         h = (o * tanh(c)).to(r_i.dtype)
         tl.store(hs_ptr + at + d[None, :], h.to(hs_ptr.dtype.element_ty), mask=here)
         tl.store(cs_ptr + at + d[None, :], c, mask=here)
-        tl.store(gates_ptr + gate, i.to(gates_ptr.dtype.element_ty), mask=here)
-        tl.store(gates_ptr + gate + D, f.to(gates_ptr.dtype.element_ty), mask=here)
-        tl.store(gates_ptr + gate + 2 * D, z.to(gates_ptr.dtype.element_ty), mask=here)
-        tl.store(gates_ptr + gate + 3 * D, o.to(gates_ptr.dtype.element_ty), mask=here)
+        store_gates(gates_ptr + gate, here, D, i, f, z, o)
 
 
 @triton.jit
@@ -66,10 +89,7 @@ def backward_lstm_kernel(
     d = tl.arange(0, D)
     here = (row < batch)[:, None]
     turned_square = head * 4 * D * D + d[None, :] * D + d[:, None]
-    r_i = tl.load(r_ptr + turned_square)
-    r_f = tl.load(r_ptr + turned_square + D * D)
-    r_z = tl.load(r_ptr + turned_square + 2 * D * D)
-    r_o = tl.load(r_ptr + turned_square + 3 * D * D)
+    r_i, r_f, r_z, r_o = blocks(r_ptr + turned_square, D)
     start = (row * heads + head)[:, None] * D + d[None, :]
     dh = tl.zeros([B, D], tl.float32)
     dc = tl.zeros([B, D], tl.float32)
@@ -77,10 +97,7 @@ def backward_lstm_kernel(
         t = time - 1 - back
         at = ((row.to(tl.int64) * time + t) * heads + head)[:, None] * D
         gate = at * 4 + d[None, :]
-        i = tl.load(gates_ptr + gate, mask=here, other=0.0).to(tl.float32)
-        f = tl.load(gates_ptr + gate + D, mask=here, other=0.0).to(tl.float32)
-        z = tl.load(gates_ptr + gate + 2 * D, mask=here, other=0.0).to(tl.float32)
-        o = tl.load(gates_ptr + gate + 3 * D, mask=here, other=0.0).to(tl.float32)
+        i, f, z, o = load_gates(gates_ptr + gate, here, D)
         turned = tanh(tl.load(cs_ptr + at + d[None, :], mask=here, other=0.0))
         earlier = tl.load(cs_ptr + at - heads * D + d[None, :], mask=here & (t > 0), other=0.0)
         before = earlier + tl.load(c0_ptr + start, mask=here & (t == 0), other=0.0).to(tl.float32)
@@ -90,13 +107,9 @@ def backward_lstm_kernel(
         df = (dc * before * f * (1.0 - f)).to(r_i.dtype)
         dz = (dc * i * (1.0 - z * z)).to(r_i.dtype)
         do = (dh * turned * o * (1.0 - o)).to(r_i.dtype)
-        tl.store(dx_ptr + gate, di.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + gate + D, df.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + gate + 2 * D, dz.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + gate + 3 * D, do.to(dx_ptr.dtype.element_ty), mask=here)
+        store_gates(dx_ptr + gate, here, D, di, df, dz, do)
         dc = dc * f
-        dh = tl.dot(di, r_i, input_precision="ieee") + tl.dot(df, r_f, input_precision="ieee")
-        dh += tl.dot(dz, r_z, input_precision="ieee") + tl.dot(do, r_o, input_precision="ieee")
+        dh = through(di, df, dz, do, r_i, r_f, r_z, r_o)
     tl.store(dh0_ptr + start, dh, mask=here)
     tl.store(dc0_ptr + start, dc, mask=here)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from planner.kernels.triton_lstm import BATCH, check_dim, tanh
+from planner.kernels.triton_lstm import BATCH, blocks, check_dim, load_gates, store_gates, tanh, through
 
 _KEPT = tl.constexpr(5)
 
@@ -22,10 +22,7 @@ def forward_slstm_kernel(
     d = tl.arange(0, D)
     here = (row < batch)[:, None]
     square = head * 4 * D * D + d[:, None] * D + d[None, :]
-    r_i = tl.load(r_ptr + square)
-    r_f = tl.load(r_ptr + square + D * D)
-    r_z = tl.load(r_ptr + square + 2 * D * D)
-    r_o = tl.load(r_ptr + square + 3 * D * D)
+    r_i, r_f, r_z, r_o = blocks(r_ptr + square, D)
     start = (row * heads + head)[:, None] * D + d[None, :]
     h = tl.load(h0_ptr + start, mask=here, other=0.0).to(r_i.dtype)
     c = tl.load(c0_ptr + start, mask=here, other=0.0).to(tl.float32)
@@ -34,10 +31,7 @@ def forward_slstm_kernel(
     for t in range(0, time):
         at = ((row.to(tl.int64) * time + t) * heads + head)[:, None] * D
         gate = at * 4 + d[None, :]
-        i = tl.load(x_ptr + gate, mask=here, other=0.0).to(tl.float32)
-        f = tl.load(x_ptr + gate + D, mask=here, other=0.0).to(tl.float32)
-        z = tl.load(x_ptr + gate + 2 * D, mask=here, other=0.0).to(tl.float32)
-        o = tl.load(x_ptr + gate + 3 * D, mask=here, other=0.0).to(tl.float32)
+        i, f, z, o = load_gates(x_ptr + gate, here, D)
         i += tl.dot(h, r_i, input_precision="ieee")
         f += tl.dot(h, r_f, input_precision="ieee")
         z = tanh(z + tl.dot(h, r_z, input_precision="ieee"))
@@ -54,10 +48,7 @@ def forward_slstm_kernel(
         tl.store(cs_ptr + at + d[None, :], c, mask=here)
         tl.store(ns_ptr + at + d[None, :], n, mask=here)
         kept = at * _KEPT + d[None, :]
-        tl.store(gates_ptr + kept, i.to(gates_ptr.dtype.element_ty), mask=here)
-        tl.store(gates_ptr + kept + D, keep.to(gates_ptr.dtype.element_ty), mask=here)
-        tl.store(gates_ptr + kept + 2 * D, z.to(gates_ptr.dtype.element_ty), mask=here)
-        tl.store(gates_ptr + kept + 3 * D, o.to(gates_ptr.dtype.element_ty), mask=here)
+        store_gates(gates_ptr + kept, here, D, i, keep, z, o)
         tl.store(gates_ptr + kept + 4 * D, tl.sigmoid(-f).to(gates_ptr.dtype.element_ty), mask=here)
     tl.store(m_ptr + start, m, mask=here)
 
@@ -73,10 +64,7 @@ def backward_slstm_kernel(
     d = tl.arange(0, D)
     here = (row < batch)[:, None]
     turned_square = head * 4 * D * D + d[None, :] * D + d[:, None]
-    r_i = tl.load(r_ptr + turned_square)
-    r_f = tl.load(r_ptr + turned_square + D * D)
-    r_z = tl.load(r_ptr + turned_square + 2 * D * D)
-    r_o = tl.load(r_ptr + turned_square + 3 * D * D)
+    r_i, r_f, r_z, r_o = blocks(r_ptr + turned_square, D)
     start = (row * heads + head)[:, None] * D + d[None, :]
     dh = tl.zeros([B, D], tl.float32)
     dc = tl.load(dc_ptr + start, mask=here, other=0.0).to(tl.float32)
@@ -85,10 +73,7 @@ def backward_slstm_kernel(
         t = time - 1 - back
         at = ((row.to(tl.int64) * time + t) * heads + head)[:, None] * D
         kept = at * _KEPT + d[None, :]
-        i = tl.load(gates_ptr + kept, mask=here, other=0.0).to(tl.float32)
-        f = tl.load(gates_ptr + kept + D, mask=here, other=0.0).to(tl.float32)
-        z = tl.load(gates_ptr + kept + 2 * D, mask=here, other=0.0).to(tl.float32)
-        o = tl.load(gates_ptr + kept + 3 * D, mask=here, other=0.0).to(tl.float32)
+        i, f, z, o = load_gates(gates_ptr + kept, here, D)
         rest = tl.load(gates_ptr + kept + 4 * D, mask=here, other=0.0).to(tl.float32)
         now = at + d[None, :]
         c = tl.load(cs_ptr + now, mask=here, other=0.0)
@@ -108,14 +93,10 @@ def backward_slstm_kernel(
         dz = (dc * i * (1.0 - z * z)).to(r_i.dtype)
         do = (dh * ratio * o * (1.0 - o)).to(r_i.dtype)
         gate = at * 4 + d[None, :]
-        tl.store(dx_ptr + gate, di.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + gate + D, df.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + gate + 2 * D, dz.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + gate + 3 * D, do.to(dx_ptr.dtype.element_ty), mask=here)
+        store_gates(dx_ptr + gate, here, D, di, df, dz, do)
         dc = dc * f
         dn = dn * f
-        dh = tl.dot(di, r_i, input_precision="ieee") + tl.dot(df, r_f, input_precision="ieee")
-        dh += tl.dot(dz, r_z, input_precision="ieee") + tl.dot(do, r_o, input_precision="ieee")
+        dh = through(di, df, dz, do, r_i, r_f, r_z, r_o)
     tl.store(dh0_ptr + start, dh, mask=here)
     tl.store(dc0_ptr + start, dc, mask=here)
     tl.store(dn0_ptr + start, dn, mask=here)
