@@ -1,4 +1,4 @@
-"""Which implementation of planner.kernels runs what, as an engine's trait, and what the loss costs by it. No torch.
+"""Which implementation of planner.kernels runs what, an engine's trait, and what norms and loss cost by it. No torch.
 
 An engine without choices runs what was traced. tests/cpu/kernels/test_dispatch.py holds this file to what
 planner.kernels declares, and to the bytes that its formulas count.
@@ -8,25 +8,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from planner.costmodel.graph import LayerClass, OpKind
+import numpy as np
+from numpy.typing import NDArray
 
+from planner.costmodel.graph import LayerClass, Op, OpKind, TpCut
+
+Array = NDArray[np.float64]
 # Ops with a Triton kernel ("ours"), which planner.runtime runs on GPUs.
-TRITON_OPS = ("ce_grad", "ce_grad_", "ce_stats", "merge_partials", "moe_permute", "moe_unpermute",
+TRITON_OPS = ("ce_combine", "ce_grad", "ce_grad_", "ce_stats", "merge_partials", "moe_permute", "moe_unpermute",
               "moe_unpermute_backward", "pack_heads", "pack_sequence", "ring_step", "ring_step_backward",
-              "unpack_heads", "unpack_sequence")  # fmt: skip
+              "rms_norm", "rms_norm_backward", "unpack_heads", "unpack_sequence")  # fmt: skip
 # A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
 # Passes over the logits in their own type, read or written: one forward, two backward.
 LOSS_PASSES = {"ours": 1 + 2}
 _CONVERSIONS = ("_to_copy", "to_float")
+CHUNK_ROWS = 2048  # rows of logits that the chunked loss makes at once; two such chunks exist at most
+CHUNK_KERNELS = 8  # launches of a chunk in bf16: three products, statistics, combining them, gradient, two sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedLoss:
-    """A layer whose loss is one kernel each way: the layer as it runs, and the bytes of its logits."""
+    """A layer whose loss is one kernel each way: the layer as it runs, its logits (an activation) and their bytes."""
 
     layer: LayerClass
+    logits: int
     logits_bytes: int
 
 
@@ -56,7 +63,48 @@ def fused_loss(layer: LayerClass, kernels: dict[str, str]) -> FusedLoss | None:
     activations = tuple(
         replace(a, saved=i == logits) if i == logits or i in made else a for i, a in enumerate(layer.activations)
     )
-    return FusedLoss(layer=replace(layer, ops=tuple(ops), activations=activations), logits_bytes=num_bytes)
+    return FusedLoss(
+        layer=replace(layer, ops=tuple(ops), activations=activations), logits=logits, logits_bytes=num_bytes
+    )
+
+
+# What RMSNorm is traced as where a module takes it apart, conversions aside.
+_NORM_CHAIN = ("pow", "mean", "add", "rsqrt", "mul", "mul")
+
+
+def fused_norms(layer: LayerClass, kernels: dict[str, str]) -> LayerClass:
+    """`layer` with one kernel in the place of every RMSNorm that a module takes apart, if the runtime has one for it.
+
+    It reads and keeps its input; nothing between is kept.
+    """
+    chains = _norm_chains(layer) if kernels.get("rms_norm") == "ours" else []
+    if not chains:
+        return layer
+    ops, activations = list(layer.ops), list(layer.activations)
+    for chain in chains:
+        source, made = layer.ops[chain[0]].inputs[0], {a for i in chain for a in layer.ops[i].outputs}
+        last, out = layer.ops[chain[-1]], layer.ops[chain[-1]].outputs[0]
+        moved = activations[source].num_bytes + activations[out].num_bytes + last.weight_bytes
+        for i in chain:
+            ops[i] = replace(ops[i], kind=OpKind.VIEW, bytes_moved=0)
+        ops[chain[-1]] = replace(last, kind=OpKind.NORM, inputs=(source,), bytes_moved=moved)
+        for a in made - {out}:
+            activations[a] = replace(activations[a], saved=False)
+        activations[source] = replace(activations[source], saved=True)
+    return replace(layer, ops=tuple(ops), activations=tuple(activations))
+
+
+def _norm_chains(layer: LayerClass) -> list[list[int]]:
+    """Indices of the ops of every RMSNorm that a module takes apart."""
+    modules: dict[str, list[int]] = {}
+    for i, op in enumerate(layer.ops):
+        modules.setdefault(op.name.rpartition(".")[0], []).append(i)
+    found = []
+    for module, members in modules.items():
+        names = [layer.ops[i].name.rpartition(".")[2] for i in members]
+        if module and tuple(n for n in names if n not in _CONVERSIONS) == _NORM_CHAIN:
+            found.append(members)
+    return found
 
 
 def _loss_chain(layer: LayerClass) -> list[int]:
@@ -70,3 +118,38 @@ def _loss_chain(layer: LayerClass) -> list[int]:
         elif op.kind is OpKind.LOSS and chain and producer == chain[-1]:
             return [*chain, i]
     return []
+
+
+def chunked_head(layer: LayerClass) -> Op | None:
+    """The product of a module without bias whose result only the loss reads: what the chunked loss can take over."""
+    chain = _loss_chain(layer)
+    if not chain:
+        return None
+    path, product = _made_by(layer, layer.ops[chain[0]].inputs[0])
+    readers = {i for i, op in enumerate(layer.ops) if op.kind is not OpKind.VIEW and path & set(op.inputs)}
+    if product is None or product.kind is not OpKind.GEMM or product.cut is not TpCut.VOCAB:
+        return None
+    return product if product.name.endswith(".mm") and readers == {chain[0]} else None
+
+
+def _made_by(layer: LayerClass, activation: int) -> tuple[set[int], Op | None]:
+    """(an activation and what it is a view of, the op that made them)."""
+    path = {activation}
+    while (producer := layer.activations[activation].producer) >= 0:
+        op = layer.ops[producer]
+        if op.kind is not OpKind.VIEW:
+            return path, op
+        activation = op.inputs[0]
+        path.add(activation)
+    return path, None
+
+
+def weight_sum_bytes(chunks: Array, width: int) -> Array:
+    """Bytes that the chunked loss moves per weight of the head beside its products' operands.
+
+    The gradient is zeroed, summed over chunks in float32 (16 bits: each product is written, read and added; 32: summed
+    inside the product), converted, and scaled in backward.
+    """
+    narrow = width < 4
+    total: Array = 4 + chunks * (8 + 2 * width * narrow) + (4 + width) * narrow + 2 * width
+    return total

@@ -113,7 +113,8 @@ def price(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) ->
     packet = func._overloadpacket
     if packet in FORMULAS:
         return FORMULAS[packet](*args, out=out, **kwargs)
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    given = (args, {name: value for name, value in kwargs.items() if name != "out"})  # which is written, not read
+    tensors = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
     outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     if func.is_view or not tensors or not outs or packet.__name__.startswith(("empty", "new_empty", "detach")):
         return Work()

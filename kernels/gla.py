@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard
 
 from planner.kernels.collective import finish, start_gather
-from planner.kernels.op import Sharding, Work, define, lazily, like, precise, streamed
+from planner.kernels.op import Sharding, Work, define, lazily, like, nbytes, precise, streamed
 
 CHUNK, SUB = 64, 16
 
@@ -136,12 +136,25 @@ def _flops(q: torch.Tensor, v: torch.Tensor) -> int:
 def _work(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, state: torch.Tensor, scale: float, out: Any
 ) -> Work:
-    return streamed((q, k, v, g, state), out, _flops(q, v), kernels=2)
+    """States in front of every chunk, scores, outputs: each a kernel, whose result the next one reads."""
+    between = _between(q, v)
+    again = Work(read_bytes=between + nbytes(q, k, v, g, g), written_bytes=between)
+    return streamed((q, k, v, g, state), out, _flops(q, v), kernels=3) + again
 
 
 def _backward_work(do: Any, dstate: Any, *saved: Any, out: Any) -> Work:
     """Every product twice, and the forward's states and scores again."""
-    return streamed((do, dstate, *saved), out, 3 * _flops(saved[0], saved[2]), kernels=4)
+    q, k, v, g = saved[:4]
+    between = 2 * _between(q, v)  # and their gradients
+    again = Work(read_bytes=between + nbytes(do, do, do, q, q, k, k, k, v, v, *(g,) * 4), written_bytes=between)
+    return streamed((do, dstate, *saved), out, 3 * _flops(q, v), kernels=6) + again
+
+
+def _between(q: torch.Tensor, v: torch.Tensor) -> int:
+    """Bytes of a state for every chunk in float32, and of the scores, in 16 bits where the inputs have so few."""
+    batch, time, heads, keys = q.shape
+    states = 4 * batch * heads * -(-time // CHUNK) * keys * v.shape[-1]
+    return states + min(q.element_size(), 4) * batch * time * heads * CHUNK
 
 
 def _batch_or_heads(outs: list[int], ins: list[int]) -> Any:
@@ -156,11 +169,12 @@ def _batch_or_heads(outs: list[int], ins: list[int]) -> Any:
 gla_op = define(
     "gla", _gla, fake=lambda q, k, v, g, state, scale: (like(v), like(state)), work=_work,
     sharding=lambda *args: [(o, [*i, None]) for o, i in _batch_or_heads([2, 1], [2, 2, 2, 2, 1])()],
-    kernels={"fla": lazily("peers", "fla_gla")},
+    kernels={"ours": lazily("triton_gla", "gla"), "fla": lazily("peers", "fla_gla")},
 )  # fmt: skip
 gla_backward = define(
     "gla_backward", _gla_backward, fake=lambda do, dstate, *saved: tuple(map(like, saved[:5])), work=_backward_work,
     sharding=lambda *args: [(o, [*i, None]) for o, i in _batch_or_heads([2, 2, 2, 2, 1], [2, 1, 2, 2, 2, 2, 1])()],
+    kernels={"ours": lazily("triton_gla", "gla_backward")},
 )  # fmt: skip
 
 

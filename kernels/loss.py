@@ -64,6 +64,18 @@ def _grad_work(logits: torch.Tensor, *rest: Any, out: Any = None) -> Work:
     return Work(flops=4 * logits.numel(), read_bytes=read, written_bytes=nbytes(logits), kernels=1)
 
 
+def _combine(
+    stats: torch.Tensor, target: torch.Tensor, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, log-sum-exp, 1 or 0 where ignored) per row of gathered statistics (ranks, rows, 3)."""
+    m, s, t = stats.unbind(dim=-1)
+    top = m.amax(dim=0)
+    safe = torch.where(top == -torch.inf, 0, top)
+    lse = safe + (s * (m - safe).exp()).sum(dim=0).log()
+    kept = target != ignore_index
+    return torch.where(kept, lse - t.sum(dim=0), 0), lse, kept.to(lse.dtype)
+
+
 def _by_rows(*args: Any) -> Any:
     return [([Shard(0)], [Shard(0)] * 4)]
 
@@ -81,13 +93,12 @@ ce_grad_ = define(
     sharding=lambda *args: [([], [Shard(0)] * 4)], kernels={"ours": lazily("triton_ce", "grad_")},
 )  # fmt: skip
 
-
-def combine(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-sum-exp, target's logit) per row of gathered statistics (ranks, rows, 3)."""
-    m, s, t = stats.unbind(dim=-1)
-    top = m.amax(dim=0)
-    safe = torch.where(top == -torch.inf, 0, top)
-    return safe + (s * (m - safe).exp()).sum(dim=0).log(), t.sum(dim=0)
+ce_combine = define(
+    "ce_combine", _combine, fake=lambda stats, *rest: tuple(stats.new_empty(stats.shape[1]) for _ in range(3)),
+    work=lambda stats, target, ignore_index, out: streamed((stats, target), out),
+    sharding=lambda *args: [([Shard(0)] * 3, [Shard(1), Shard(0), None])],
+    kernels={"ours": lazily("triton_ce", "combine")},
+)  # fmt: skip
 
 
 def _start(logits: Any, target: Any, vocab_start: int, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -103,16 +114,15 @@ def _arrived(gathered: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Any, target: Any, vocab_start: int, group: Any, ignore_index: int) -> Any:
-        lse, hit = combine(_arrived(_start(logits, target, vocab_start, group), group))
-        kept = target != ignore_index
+        loss, lse, kept = ce_combine(_arrived(_start(logits, target, vocab_start, group), group), target, ignore_index)
         ctx.save_for_backward(logits, target, lse, kept)
         ctx.vocab_start = vocab_start
-        return torch.where(kept, lse - hit, 0)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         logits, target, lse, kept = ctx.saved_tensors
-        return ce_grad(logits, target, lse, torch.where(kept, grad, 0), ctx.vocab_start), None, None, None, None
+        return ce_grad(logits, target, lse, kept * grad, ctx.vocab_start), None, None, None, None
 
 
 def cross_entropy(
@@ -150,8 +160,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad.to(dw.dtype), None, None, None, None, None, None
+        dx, dw = (_scaled(d, grad) for d in ctx.saved_tensors)
+        return dx, dw, None, None, None, None, None, None
+
+
+def _scaled(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """`x` times the number `by`, which is not rounded to the type of `x`: every gradient would be off by that."""
+    return torch.mul(x, by.reshape(1), out=torch.empty_like(x))
 
 
 def _finish_chunk(
@@ -159,16 +174,15 @@ def _finish_chunk(
     ignore_index: int,
 ) -> torch.Tensor:  # fmt: skip
     """Loss of a chunk whose statistics are gathered; its logits become their gradient, then dx and dw."""
-    lse, hit = combine(_arrived(gathered, group))
-    kept = target != ignore_index
+    loss, lse, kept = ce_combine(_arrived(gathered, group), target, ignore_index)
     if dw is not None:
-        ce_grad_(logits, target, lse, kept.to(lse.dtype), vocab_start)
-        dx.copy_(logits @ weight)
+        ce_grad_(logits, target, lse, kept, vocab_start)
+        torch.mm(logits, weight, out=dx)
         if dw.dtype == x.dtype:
             torch.addmm(dw, logits.t(), x, out=dw)  # summed inside the product; 16 bits are summed in float32 behind it
         else:
             dw.add_(logits.t() @ x)
-    return torch.where(kept, lse - hit, 0).sum()
+    return loss.sum()
 
 
 def linear_cross_entropy(

@@ -1,4 +1,4 @@
-"""Triton kernels of loss.py: statistics in one pass over the logits, gradients in one more."""
+"""Triton kernels of loss.py: statistics in one pass over the logits, gradients in one more, one to combine ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import triton.language as tl
 from planner.kernels.op import like
 
 _MAX_BLOCK = 4096
+_ROWS = 256
 
 
 @triton.jit
@@ -53,6 +54,31 @@ def grad_kernel(
     tl.store(out_ptr + row * out_stride + col, grad.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def combine_kernel(
+    stats_ptr, target_ptr, loss_ptr, lse_ptr, kept_ptr, rows, ranks, ignore_index, BLOCK: tl.constexpr
+):
+    """BLOCK rows per program: running maximum and rescaled sum over the ranks."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK], tl.float32)
+    t = tl.zeros([BLOCK], tl.float32)
+    for rank in range(0, ranks):
+        at = (rank * rows + row) * 3
+        top = tl.load(stats_ptr + at, mask=here, other=float("-inf"))
+        new_m = tl.maximum(m, top)
+        safe = tl.where(new_m == float("-inf"), 0.0, new_m)
+        s = s * tl.exp(m - safe) + tl.load(stats_ptr + at + 1, mask=here, other=0.0) * tl.exp(top - safe)
+        t += tl.load(stats_ptr + at + 2, mask=here, other=0.0)
+        m = new_m
+    lse = tl.where(s > 0.0, m + tl.log(tl.where(s > 0.0, s, 1.0)), float("-inf"))
+    kept = tl.load(target_ptr + row, mask=here, other=0) != ignore_index
+    tl.store(loss_ptr + row, tl.where(kept, lse - t, 0.0), mask=here)
+    tl.store(lse_ptr + row, lse, mask=here)
+    tl.store(kept_ptr + row, kept.to(tl.float32), mask=here)
+
+
 def stats(logits: torch.Tensor, target: torch.Tensor, vocab_start: int) -> torch.Tensor:
     """ce_stats of (rows, cols) logits whose rows are contiguous."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -62,6 +88,20 @@ def stats(logits: torch.Tensor, target: torch.Tensor, vocab_start: int) -> torch
     if rows:
         stats_kernel[(rows,)](logits, target, out, logits.stride(0), vocab_start, cols, BLOCK=block, num_warps=8)
     return out
+
+
+def combine(
+    stats: torch.Tensor, target: torch.Tensor, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The op ce_combine."""
+    ranks, rows, _ = stats.shape
+    loss, lse, kept = (torch.empty(rows, dtype=torch.float32, device=stats.device) for _ in range(3))
+    if rows:
+        combine_kernel[(triton.cdiv(rows, _ROWS),)](
+            stats.contiguous(), target.contiguous(), loss, lse, kept, rows, ranks, ignore_index, BLOCK=_ROWS,
+            num_warps=4,
+        )  # fmt: skip
+    return loss, lse, kept
 
 
 def _launch_grad(logits, out, target, lse, scale, vocab_start):

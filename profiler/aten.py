@@ -34,7 +34,8 @@ MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 GROUPED = "_grouped_mm"
 _MISPRICED = (GROUPED, "_scaled_dot_product")  # 0 FLOPs, and not halved when causal or 0 on a CPU
 # Ops of planner.kernels whose names do not say their kind already.
-_KERNELS = {"gla": OpKind.SCAN, "ce_stats": OpKind.LOSS, "moe_permute": OpKind.PERMUTE, "moe_unpermute": OpKind.PERMUTE}
+_KERNELS = {"gla": OpKind.SCAN, "ce_stats": OpKind.LOSS, "ce_combine": OpKind.LOSS, "moe_permute": OpKind.PERMUTE,
+            "moe_unpermute": OpKind.PERMUTE}  # fmt: skip
 # Ops that only make a tensor out of nothing, without a kernel worth a launch.
 ALLOCATIONS = {
     "empty",

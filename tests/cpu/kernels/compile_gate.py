@@ -36,6 +36,13 @@ class Case:
     unaligned: tuple[str, ...] = field(default=())
 
 
+def _gla(types: str, constants: str, *, kernel: str, num_warps: int = 4, block: int = 64) -> Case:
+    """A kernel of triton_gla.py at head dim 128; `constants`: which of its dims it has."""
+    dims = {"K": 128, "V": 128, "BK": block, "BV": 64}
+    given = {"C": 64, "PRECISION": "tf32", **{name: dims[name] for name in constants.split()}}
+    return Case(module="triton_gla", kernel=kernel, types=types, constants=given, num_warps=num_warps)
+
+
 CASES = {
     "ce_stats": Case(
         module="triton_ce", kernel="stats_kernel", types="*bf16 *i64 *fp32 i32 i32 i32", constants={"BLOCK": 4096}
@@ -43,6 +50,10 @@ CASES = {
     "ce_grad": Case(
         module="triton_ce", kernel="grad_kernel", types="*bf16 *bf16 *i64 *fp32 *fp32 i32 i32 i32 i32",
         constants={"BLOCK": 4096},
+    ),
+    "ce_combine": Case(
+        module="triton_ce", kernel="combine_kernel", types="*fp32 *i64 *fp32 *fp32 *fp32 i32 i32 i32",
+        constants={"BLOCK": 256}, num_warps=4,
     ),
     "rms_norm": Case(
         module="triton_norm", kernel="forward_kernel", types="*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 fp32",
@@ -87,6 +98,16 @@ CASES = {
         module="triton_ring", kernel="dkv_kernel",
         types="*bf16 *fp32 *bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32 i32 fp32",
         constants={"CAUSAL": True, "M": 64, "N": 64, "D": 128},
+    ),
+    "gla_states": _gla("*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 i32 i32", "K V BK BV", kernel="states_kernel"),
+    "gla_scores": _gla("*bf16 *bf16 *bf16 *bf16 i32 i32", "K BK", kernel="scores_kernel"),
+    "gla_out": _gla("*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 i32 i32 fp32", "K V BK BV", kernel="out_kernel"),
+    "gla_dstates": _gla("*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 i32 i32 fp32", "K V BK BV", kernel="dstates_kernel"),
+    "gla_dscores": _gla("*bf16 *bf16 *bf16 i32 i32 fp32", "V BV", kernel="dscores_kernel"),
+    "gla_dv": _gla("*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 i32 i32 fp32", "K V BK BV", kernel="dv_kernel"),
+    "gla_dqk": _gla(
+        "*bf16 *bf16 *bf16 *bf16 *bf16 *fp32 *fp32 *bf16 *bf16 *bf16 *bf16 i32 i32 fp32", "K V BK BV",
+        kernel="dqk_kernel", num_warps=8, block=32,
     ),
     "merge": Case(
         module="triton_ring", kernel="merge_kernel", types="*bf16 *fp32 *bf16 *fp32 *bf16 *fp32 i32 i32",

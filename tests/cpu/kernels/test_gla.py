@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from kernel_checks import check_compiles, check_op, max_error
 
-from planner.kernels import gla
+from planner.kernels import dispatch, gla
 from planner.kernels.counters import WorkCounter
 
 
@@ -50,6 +51,44 @@ def test_bf16_inputs() -> None:
     assert state.dtype == torch.float32
     assert max_error(out, want) < 8e-3
     assert max_error(state, want_state) < 1e-5
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("time", "gate"), [(130, 0.05), (70, 3.0), (64, 500.0)])
+def test_triton_matches_float64(time: int, gate: float, dtype: torch.dtype, bound: float) -> None:
+    """Tails of chunks; gates whose sums over a chunk stay in range, leave it in some key dims, or are absurd."""
+    shape = (1, time, 2)
+    q, k = torch.randn(2, *shape, 32).to(dtype).unbind(0)
+    g = -gate * torch.rand(*shape, 32) * torch.linspace(0, 1, 32)  # weak and strong ones side by side
+    parts = [q, k, torch.randn(*shape, 16).to(dtype), g.to(dtype), torch.randn(1, 2, 32, 16)]
+    exact = [x.double().requires_grad_() for x in parts]
+    wanted = recurrence(*exact, 0.3)
+    grads = [torch.randn_like(wanted[0]).to(dtype), torch.randn_like(wanted[1]).float()]
+    wanted_grads = torch.autograd.grad(wanted, exact, [x.double() for x in grads])
+    above_the_diagonal = np.errstate(over="ignore", invalid="ignore")
+    with above_the_diagonal, dispatch.using({"gla": "ours", "gla_backward": "ours"}):
+        found = gla.gla_op(*parts, 0.3)
+        found_grads = gla.gla_backward(*grads, *parts, 0.3)
+    assert [x.dtype for x in (*found, *found_grads)] == [dtype, torch.float32, *[dtype] * 4, torch.float32]
+    turned = (exact[0] * wanted_grads[0]).abs().max().item()  # dg is a difference of such terms
+    for got, want in zip((*found, *found_grads), (*wanted, *wanted_grads), strict=True):
+        assert max_error(got, want, turned if want is wanted_grads[3] else 0.0) < bound
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_triton_on_blocks_of_the_head_dim_and_on_nothing() -> None:
+    q, k, v = torch.randn(3, 1, 20, 1, 128).unbind(0)
+    g, state = -torch.rand(1, 20, 1, 128), torch.randn(1, 1, 128, 128)
+    with dispatch.using({"gla": "ours", "gla_backward": "ours"}):
+        found = (*gla.gla_op(q, k, v, g, state, 1.0), *gla.gla_backward(v, state, q, k, v, g, state, 1.0))
+        empty = [x[:, :0] for x in (q, k, v, g)]
+        nothing = (*gla.gla_op(*empty, state, 1.0), *gla.gla_backward(empty[2], state, *empty, state, 1.0))
+        with pytest.raises(ValueError, match="multiples of 16"):
+            gla.gla_op(q[..., :8], k[..., :8], v, g[..., :8], state[:, :, :8], 1.0)
+    wanted = (*gla.gla_op(q, k, v, g, state, 1.0), *gla.gla_backward(v, state, q, k, v, g, state, 1.0))
+    assert all(max_error(got, want) < 1e-5 for got, want in zip(found, wanted, strict=True))
+    assert torch.equal(nothing[1], state) and torch.equal(nothing[-1], state)
 
 
 def test_gradients_by_finite_differences() -> None:

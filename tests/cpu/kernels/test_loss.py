@@ -14,6 +14,7 @@ from planner.kernels import dispatch, loss
 from planner.kernels.counters import WorkCounter
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+OURS = dict.fromkeys(("ce_stats", "ce_combine", "ce_grad", "ce_grad_"), "ours")
 
 
 def problem(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,11 +37,10 @@ def in_parts(logits: torch.Tensor, target: torch.Tensor, sizes: list[int]) -> tu
     parts = logits.split(sizes, dim=1)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     stats = torch.stack([loss.ce_stats(p, target, s) for p, s in zip(parts, starts, strict=True)])
-    lse, hit = loss.combine(stats)
-    kept = target != loss.IGNORE_INDEX
+    value, lse, kept = loss.ce_combine(stats, target, loss.IGNORE_INDEX)
     scale = torch.linspace(0.5, 1.5, len(target)).to(lse.dtype) * kept
     grads = [loss.ce_grad(p, target, lse, scale, s) for p, s in zip(parts, starts, strict=True)]
-    return torch.where(kept, lse - hit, 0), torch.cat(grads, dim=1)
+    return value, torch.cat(grads, dim=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,7 +57,7 @@ def test_parts_of_the_vocabulary_give_the_whole_loss(sizes: list[int], dtype: to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_matches_float64(dtype: torch.dtype) -> None:
     logits, target = problem(12, 5000, dtype, seed=torch.seed() % 1000)
-    with dispatch.using({"ce_stats": "ours", "ce_grad": "ours"}):
+    with dispatch.using(OURS):
         value, grad = in_parts(logits, target, [4999, 1])
     want_value, want_grad = exact(logits, target)
     assert max_error(value, want_value) < 1e-6
@@ -69,10 +69,14 @@ def test_triton_on_no_rows_masked_columns_and_in_place() -> None:
     logits, target = problem(4, 70, torch.float32)
     logits[:, 64:] = -torch.inf  # padded vocabulary
     target.clamp_(max=63)
-    with dispatch.using({"ce_stats": "ours", "ce_grad": "ours", "ce_grad_": "ours"}):
-        assert loss.ce_stats(logits[:0], target[:0], 0).shape == (0, 3)
+    with dispatch.using(OURS):
+        nothing = loss.ce_stats(logits[:0], target[:0], 0)
+        assert nothing.shape == (0, 3)
+        assert [x.shape for x in loss.ce_combine(nothing.unsqueeze(0), target[:0], 0)] == [(0,)] * 3
+        masked = torch.tensor([[-torch.inf, 0.0, 0.0]]).expand(2, 1, 3)
+        assert loss.ce_combine(masked, target[:1], 0)[1].item() == -torch.inf
         value, grad = in_parts(logits, target, [64, 6])  # the last part is fully masked
-        lse, _ = loss.combine(loss.ce_stats(logits, target, 0).unsqueeze(0))
+        _, lse, _ = loss.ce_combine(loss.ce_stats(logits, target, 0).unsqueeze(0), target, loss.IGNORE_INDEX)
         ones, copy = torch.ones(4), logits.clone()
         loss.ce_grad_(copy, target, lse, ones, 0)
         assert torch.equal(copy, loss.ce_grad(logits, target, lse, ones, 0))
@@ -85,6 +89,7 @@ def test_layer_passes_every_check() -> None:
     logits, target = problem(6, 33, torch.float32)
     lse, scale = torch.logsumexp(logits, -1), torch.ones(6)
     check_op(loss.ce_stats, (logits, target, 7))
+    check_op(loss.ce_combine, (loss.ce_stats(logits, target, 0).unsqueeze(0), target, -100))
     check_op(loss.ce_grad, (logits, target, lse, scale, 0))
     check_op(loss.ce_grad_, (logits.clone(), target, lse, scale, 0))
     check_compiles(lambda x: loss.cross_entropy(x, target), logits)
