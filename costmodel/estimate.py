@@ -128,6 +128,7 @@ def spec_keys(*specs: PlanSpec) -> Keys:
         micro_batch_size=_column(s.micro_batch_size for s in specs),
         vocab_parallel=_column(s.vocab_parallel for s in specs),
         piped=_column(s.pp > 1 for s in specs),
+        chunked_loss=_column(s.chunked_loss for s in specs),
     )
 
 

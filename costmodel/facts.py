@@ -7,12 +7,12 @@ parallelism divide each layout differently.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.costmodel import expert_facts
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.graph import Activation, LayerClass, Op, OpKind, TensorLayout, TpCut
-from planner.costmodel.kernels import fused_loss
+from planner.costmodel.kernels import FusedLoss, chunked_head, fused_loss, fused_norms
 
 RECOMPUTES = ("none", "selective", "full")
 _LOG_PROB_BYTES = 4  # torch's loss keeps float32 log-probabilities
@@ -63,7 +63,9 @@ class LayerFacts:
     `last_sum_bytes`: the last of `row_bytes`, if backward needs nothing that follows its sum, else 0.
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
     GEMMs and the embedding put out. `loss_bytes`: log-probabilities, or with a fused loss logits,
-    kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them.
+    kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them. `head`: the product
+    that the chunked loss would take over, with `loss_saved` of what is saved gone. `traced`: of the layer as it was
+    traced and as a profile measures it, where kernels of the engine's stand in for some of its ops.
     """
 
     layer: LayerClass
@@ -83,7 +85,10 @@ class LayerFacts:
     dropped_bytes: float
     loss_bytes: float
     loss_work_bytes: float
+    head: Op | None
+    loss_saved: LayoutBytes
     launches: int
+    traced: LayerFacts | None = None
 
 
 def _sum_layouts(layer: LayerClass, keep: set[int]) -> LayoutBytes:
@@ -211,7 +216,14 @@ def _group_bytes(layer: LayerClass, members: list[int]) -> float:
 
 def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     """Sum up `layer` as `engine` runs it."""
-    fused = fused_loss(layer, engine.kernels)
+    as_run = fused_norms(layer, engine.kernels)
+    fused = fused_loss(as_run, engine.kernels)
+    facts = _facts(as_run, fused, engine)
+    return facts if fused is None and as_run is layer else replace(facts, traced=_facts(layer, None, engine))
+
+
+def _facts(layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec) -> LayerFacts:
+    head = chunked_head(layer) if engine.kernels else None
     layer = layer if fused is None else fused.layer
     layer = expert_facts.combined_whole(layer) if engine.sums_experts_once else layer
     ops = layer.ops
@@ -230,10 +242,12 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     gathered, rows = expert_facts.tp_tensors(layer, engine.sums_experts_once)
     last = _last_gemm(layer)
     vocab_rows = _vocab_rows(layer)
-    loss = float(sum(a.num_bytes for a in layer.activations if a.saved and _makes_loss(layer, a)))
+    lost = {i for i, a in enumerate(layer.activations) if a.saved and _makes_loss(layer, a)}
+    loss = float(sum(layer.activations[i].num_bytes for i in lost))
     work = loss * (engine.logit_bytes / _LOG_PROB_BYTES - 1)
     if fused is not None:  # the gradient of the logits stands beside them
         loss = work = float(fused.logits_bytes)
+        lost = {fused.logits}
     return LayerFacts(
         layer=layer,
         matmuls=matmuls,
@@ -257,6 +271,8 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
         dropped_bytes=vocab_rows + sum(rows) if engine.dropout else 0.0,
         loss_bytes=loss,
         loss_work_bytes=work,
+        head=head,
+        loss_saved=_sum_layouts(layer, lost & saved),
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
         launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
     )

@@ -30,7 +30,7 @@ class Machine:
 class Keys:
     """The choices that a layer's own time and activations depend on, arrays of shape (K,).
 
-    `sp`, `vocab_parallel` and `piped` (pp > 1) are 0/1; cp = ulysses * ring.
+    `sp`, `vocab_parallel`, `piped` (pp > 1) and `chunked_loss` are 0/1; cp = ulysses * ring.
     """
 
     tp: Array
@@ -41,6 +41,7 @@ class Keys:
     micro_batch_size: Array
     vocab_parallel: Array
     piped: Array = field(default_factory=lambda: np.zeros(1))
+    chunked_loss: Array = field(default_factory=lambda: np.zeros(1))
 
     @property
     def cp(self) -> Array:

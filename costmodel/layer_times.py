@@ -49,7 +49,7 @@ def alone(micro_batch_size: Array) -> Keys:
 
 def scaled_to_measured(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     """`price_layer`, its compute scaled so that the whole layer on one rank takes what a profile measured."""
-    price = price_layer(facts, keys, machine)
+    price, facts = price_layer(facts, keys, machine), facts.traced or facts
     forward, backward = _tables(facts.layer, machine)
     if forward is not None:
         ratio = _ratio(facts, forward, machine, keys, backward=False)
@@ -116,7 +116,7 @@ def _curve(table: Table | None) -> Source:
 
 def _layer_evidence(facts: LayerFacts, keys: Keys, machine: Machine) -> Source | None:
     """MEASURED for a whole layer at a measured micro-batch size, INTERPOLATED for others and shards; None if not."""
-    tables = _tables(facts.layer, machine)
+    tables = _tables((facts.traced or facts).layer, machine)
     if tables[0] is None or tables[1] is None:
         return None
     shards = keys.tp * keys.cp * keys.ep

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from planner.costmodel import compute, layer_comm
 from planner.costmodel.facts import LayerFacts, LayoutBytes, Traffic
 from planner.costmodel.graph import Op, OpKind, TpCut
-from planner.costmodel.kernels import BACKWARD_TRAFFIC
+from planner.costmodel.kernels import BACKWARD_TRAFFIC, CHUNK_KERNELS, CHUNK_ROWS, weight_sum_bytes
 from planner.costmodel.keys import Array, Keys, Machine
 
 HOST_NORM = 4.0
@@ -31,7 +31,8 @@ class LayerPrice:
     `*_f` forward, `*_b` backward with respect to inputs, `*_w` with respect to weights; communication is
     the exposed part. `launch_*`: what the host needs beyond the device. `saved` and `redo`: activation bytes
     kept and time redone in backward under recompute none, selective, full. `loss_bytes`: the part of `saved` that
-    is log-probabilities or logits, and `loss_work_bytes` what the peak of the loss's backward needs beside it.
+    is log-probabilities or logits (with the chunked loss the head's gradient), and `loss_work_bytes` what the peak of
+    the loss's backward needs beside it.
     """
 
     gemm_f: Array
@@ -104,6 +105,8 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     attention_f, attention_b = _attention(facts, keys, machine)
     memory_f = _traffic(facts.traffic, keys, machine) + _dropout(facts, keys, machine)
     memory_b = BACKWARD_TRAFFIC * memory_f
+    sums_s, chunk_launches = _chunk_sums(facts, keys, machine)
+    memory_f = memory_f + sums_s
     tp_f, tp_b = layer_comm.tensor_parallel_s(facts, keys, machine, gemm_f, gemm_b + gemm_w)
     cp_f, cp_b = layer_comm.context_parallel_s(facts, keys, machine, attention_f, attention_b)
     ep_f = layer_comm.expert_parallel_s(facts, keys, machine, gemm_f)
@@ -112,6 +115,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     accumulate_w = compute.memory_bound_s(machine.cluster.device, accumulated, 0)
     floor = facts.launches * machine.engine.host_launch_s + layer_comm.host_collectives_s(facts, keys, machine)
     cut_f, cut_b = layer_comm.host_cut_s(facts, keys, machine)
+    cut_f = cut_f + chunk_launches * machine.engine.host_launch_s
     blocking = machine.engine.blocking_launches
     launch_f = host_bound_s(gemm_f + attention_f + memory_f + tp_f + cp_f + ep_f, floor + cut_f, blocking)
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
@@ -124,13 +128,12 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
         gathers = sum((layer_comm.gather_s(num_bytes, keys, machine) for num_bytes in facts.gathered_bytes), start=zero)
         selective = selective + (1 - machine.engine.overlap_tp) * gathers
     full = gemm_f + attention_f + memory_f + launch_f + tp_f + cp_f + ep_f - _not_redone(facts, keys, machine)
+    saved, loss_bytes, loss_work_bytes = _loss_memory(facts, keys, machine)
     return LayerPrice(
         gemm_f=gemm_f, gemm_b=gemm_b, gemm_w=gemm_w, accumulate_w=accumulate_w,
         attention_f=attention_f, attention_b=attention_b, memory_f=memory_f, memory_b=memory_b,
         launch_f=launch_f, launch_b=launch_b, tp_f=tp_f, tp_b=tp_b, cp_f=cp_f, cp_b=cp_b, ep_f=ep_f, ep_b=ep_f,
-        saved=_saved(facts, keys, machine), redo=(zero, selective, full),
-        loss_bytes=facts.loss_bytes * keys.tokens / keys.vocab_tp,
-        loss_work_bytes=facts.loss_work_bytes * keys.tokens / keys.vocab_tp,
+        saved=saved, redo=(zero, selective, full), loss_bytes=loss_bytes, loss_work_bytes=loss_work_bytes,
         boundary_bytes=facts.layer.input_bytes * keys.tokens / (keys.tp if machine.engine.p2p_scatter else keys.outer),
         dense_params=dense, routed_params=routed, frozen_params=frozen,
     )  # fmt: skip
@@ -163,6 +166,10 @@ def _matmuls(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Ar
             continue
         dgrad = slower * compute.gemm_s(device, dtype, batch, m, k, n)
         wgrad = slower * compute.gemm_s(device, dtype, batch, k, n, m)
+        if op is facts.head:  # the chunked loss makes the gradients with the logits
+            early = keys.chunked_loss > 0
+            totals[0] = totals[0] + np.where(early, dgrad + wgrad, 0.0)
+            dgrad, wgrad = np.where(early, 0.0, dgrad), np.where(early, 0.0, wgrad)
         if op.kind is OpKind.BMM:
             totals[1] = totals[1] + dgrad + wgrad
             continue
@@ -262,6 +269,39 @@ def _saved(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Arra
             if not facts.selective_attention:
                 selective = selective + score_bytes
     return none, np.minimum(selective, none), np.minimum(full, none)
+
+
+def _chunk_sums(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array]:
+    """(seconds, launches) that the chunked loss adds: sums of the head's gradient over chunks; 0 for the plain loss."""
+    if facts.head is None or not keys.chunked_loss.any():
+        return np.zeros_like(keys.tp), np.zeros_like(keys.tp)
+    _, m, n, k = rank_gemm(facts.head, keys)
+    chunks = np.ceil(m / CHUNK_ROWS)
+    num_bytes = weight_sum_bytes(chunks, machine.dtype_bytes) * n * k
+    launches = CHUNK_KERNELS * chunks
+    seconds = compute.memory_bound_s(machine.cluster.device, num_bytes, launches)
+    chunked = keys.chunked_loss > 0
+    return np.where(chunked, seconds, 0.0), np.where(chunked, launches, 0.0)
+
+
+def _loss_memory(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[tuple[Array, Array, Array], Array, Array]:
+    """(`saved`, `loss_bytes`, `loss_work_bytes`) of LayerPrice.
+
+    The chunked loss keeps the head's gradient instead of logits or log-probabilities (that of its input stands in the
+    input's place). Beside it there are at its peak two chunks of logits, the input, and the gradient once more: in
+    float32 while it is summed (with the last product in 16 bits, less what is kept in them), or scaled in backward.
+    """
+    saved = _saved(facts, keys, machine)
+    loss, work = (x * keys.tokens / keys.vocab_tp for x in (facts.loss_bytes, facts.loss_work_bytes))
+    if facts.head is None or not keys.chunked_loss.any():
+        return saved, loss, work
+    _, m, n, k = rank_gemm(facts.head, keys)
+    width, chunked = machine.dtype_bytes, keys.chunked_loss > 0
+    kept = width * n * k
+    logits = 2 * width * np.minimum(m, CHUNK_ROWS) * n
+    beside = width * m * k + (4 * n * k + logits if width < 4 else np.maximum(width * n * k, logits))
+    none = np.where(chunked, saved[0] - _layout_bytes(facts.loss_saved, keys, machine) + kept, saved[0])
+    return (none, *saved[1:]), np.where(chunked, kept, loss), np.where(chunked, beside, work)
 
 
 def _layout_bytes(part: LayoutBytes, keys: Keys, machine: Machine) -> Array:

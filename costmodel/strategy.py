@@ -33,6 +33,7 @@ class PlanSpec:
     links carry what). `zero_stage` shards over dp_shard x cp. `ep` shards experts over the data and context
     ranks (next to tp). `stage_layers[s]` is the half-open layer range of virtual stage s, in pipeline order;
     pipeline rank of stage s: s % pp (interleaved), or the V of zb_v. `layers[i]` is layer i's strategy.
+    `chunked_loss`: head and loss are one op that makes the logits a chunk of rows at a time, and keeps none.
     """
 
     tp: int = 1
@@ -49,6 +50,7 @@ class PlanSpec:
     micro_batch_size: int = 1
     global_batch_size: int
     vocab_parallel: bool = False
+    chunked_loss: bool = False
     offload_optimizer: bool = False
     stage_layers: tuple[tuple[int, int], ...]
     layers: tuple[LayerStrategy, ...]

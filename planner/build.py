@@ -196,6 +196,7 @@ def options_of(spec: PlanSpec) -> dict[str, int | str]:
         "tp": spec.tp,
         "sequence_parallel": int(spec.sequence_parallel),
         "vocab_parallel": int(spec.vocab_parallel),
+        "chunked_loss": int(spec.chunked_loss),
         "ep": spec.ep,
         "micro_batch_size": spec.micro_batch_size,
         "num_microbatches": spec.num_microbatches,

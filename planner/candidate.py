@@ -78,7 +78,8 @@ def plan_spec(inner: Inner, cells: Cells, candidates: Candidates, k: int, partit
         ulysses=int(cells.ulysses[at]), ring=int(cells.ring[at]), ep=int(cells.ep[at]),
         micro_batch_size=int(cells.micro_batch_size[at]),
         global_batch_size=m * dp * int(cells.micro_batch_size[at]),
-        vocab_parallel=bool(cells.vocab_parallel[at]), offload_optimizer=bool(offload), stage_layers=stages,
+        vocab_parallel=bool(cells.vocab_parallel[at]), chunked_loss=bool(cells.chunked_loss[at]),
+        offload_optimizer=bool(offload), stage_layers=stages,
         layers=_layer_strategies(inner, stages, partition),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from itertools import chain, pairwise
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
+from planner.costmodel.kernels import chunked_head
 from planner.costmodel.pipeline import ScheduleKind, schedule_problem
 from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
 from planner.plan import Inputs, Part, Plan
@@ -92,6 +93,8 @@ def check_model(inputs: Inputs, spec: PlanSpec, searched: bool = False) -> Itera
     yield _whole("cp", _cp_problems(graph, spec))
     yield _whole("ep", _ep_problems(graph, spec))
     yield _whole("zero", _zero_problems(inputs.engine if searched else None, spec))
+    if spec.chunked_loss:
+        yield _whole("chunked loss", _loss_problems(inputs))
 
 
 def _whole(name: str, found: list[str]) -> Finding:
@@ -167,6 +170,13 @@ def _zero_problems(engine: EngineSpec | None, spec: PlanSpec) -> list[str]:
     # A plan given by hand is the user's own, who knows what the engine can do.
     if engine and spec.zero_stage and spec.zero_stage not in engine.zero_stages:
         found.append(f"engine {engine.name} has ZeRO stages {', '.join(map(str, engine.zero_stages))}")
+    return found
+
+
+def _loss_problems(inputs: Inputs) -> list[str]:
+    found = [] if inputs.engine.kernels else [f"engine {inputs.engine.name} has no chunked loss"]
+    if chunked_head(inputs.graph.epilogue) is None:
+        found.append("chunked_loss: what the loss reads is not just what a linear module without bias puts out")
     return found
 
 

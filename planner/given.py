@@ -28,6 +28,7 @@ class Given:
     schedule: str | None = None
     sp: bool = False
     vocab_parallel: bool = False
+    chunked_loss: bool = False
     recompute: str = "none"
     offload_activations: bool = False
     offload_optimizer: bool = False
@@ -64,6 +65,7 @@ def given_spec(given: Given, graph: ModelGraph, num_gpus: int, global_batch_size
         micro_batch_size=given.micro_batch_size,
         global_batch_size=global_batch_size,
         vocab_parallel=given.vocab_parallel,
+        chunked_loss=given.chunked_loss,
         offload_optimizer=given.offload_optimizer,
         stage_layers=_even(graph.num_layers, given.pp * _vpp(given, kind)),
         layers=(strategy,) * graph.num_layers,

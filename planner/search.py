@@ -25,7 +25,7 @@ from planner.costmodel.strategy import PlanSpec
 from planner.partition import Inner, least_overflow_bytes, solve
 from planner.space import SCHEDULES, Cells, IntArray, Limits, enumerate_cells, layouts
 
-_KEY_FIELDS = ("tp", "sp", "vocab_parallel", "ulysses", "ring", "ep", "micro_batch_size")
+_KEY_FIELDS = ("tp", "sp", "vocab_parallel", "chunked_loss", "ulysses", "ring", "ep", "micro_batch_size")
 _REFINED = (256, 8192)  # cells bounded with memory at once, first and at most
 _EXPANDED = (16, 512)  # cells expanded into candidates at once
 _DIVE = 3  # candidates solved right after an expansion, to get a good incumbent early
@@ -144,7 +144,8 @@ def search(
     Before anything is bounded there is nothing to return, and KeyboardInterrupt goes on to the caller.
     """
     start_s = clock()
-    cells = enumerate_cells(graph, machine.num_gpus, global_batch_size, limits)
+    chunks = machine.engine.kernels.get("ce_stats") == "ours"
+    cells = enumerate_cells(graph, machine.num_gpus, global_batch_size, limits, chunks)
     if not len(cells):
         return _empty(clock() - start_s)
     names = _KEY_FIELDS + ("piped",) * (machine.engine.host_collective_crossing_s > 0)

@@ -1,26 +1,26 @@
 """The plan space as arrays: which meshes and options exist for a model on a number of GPUs.
 
-A *cell* fixes (tp, sp, vocabulary parallel, ulysses, ring, ep, micro-batch, pp, schedule, vpp); a *layout* of
-a cell fixes how model states lie (dp_replicate x dp_shard, ZeRO stage, optimizer offload). The rest of a plan
-(stage partition, recomputation and activation offload of every layer) is the inner problem (partition.py).
+A *cell* fixes (tp, sp, vocabulary parallel, chunked loss, ulysses, ring, ep, micro-batch, pp, schedule, vpp); a
+*layout* of a cell fixes how model states lie (dp_replicate x dp_shard, ZeRO stage, optimizer offload). The rest of a
+plan (stage partition, recomputation and activation offload of every layer) is the inner problem (partition.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.costmodel.graph import LayerClass, ModelGraph
+from planner.costmodel.kernels import CHUNK_ROWS, chunked_head
 from planner.costmodel.pipeline import ScheduleKind
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 SCHEDULES = (ScheduleKind.ONE_F_ONE_B, ScheduleKind.INTERLEAVED, ScheduleKind.ZB_H1, ScheduleKind.ZB_V)
-DEGREES = ("tp", "sp", "vocab_parallel", "ulysses", "ring", "ep", "micro_batch_size", "pp", "schedule", "vpp")
 LAYOUT_FIELDS = ("dp_replicate", "dp_shard", "zero", "offload_optimizer")
 
 
@@ -59,6 +59,7 @@ class Cells:
     vpp: IntArray
     dp: IntArray
     num_microbatches: IntArray
+    chunked_loss: IntArray
 
     def __len__(self) -> int:
         return len(self.tp)
@@ -87,6 +88,7 @@ def uses(cells: Cells, at: IntArray, layout: IntArray) -> dict[str, NDArray[np.b
     kinds = {SCHEDULES[i].value: cells.schedule[at] == i for i in range(len(SCHEDULES))}
     return kinds | {
         "tp": cells.tp[at] > 1, "sp": cells.sp[at] > 0, "vocab_parallel": cells.vocab_parallel[at] > 0,
+        "chunked_loss": cells.chunked_loss[at] > 0,
         "ulysses": cells.ulysses[at] > 1, "ring": cells.ring[at] > 1, "ep": cells.ep[at] > 1, "pp": cells.pp[at] > 1,
         "dp": (cells.dp[at] > 1) & (zero == 0), "dp_replicate": (replicate > 1) & (zero > 0), "zero1": zero == 1,
         "zero2": zero == 2, "zero3": zero == 3, "offload_optimizer": offload > 0,
@@ -218,8 +220,13 @@ def _schedules(graph: ModelGraph, pp: int, limits: Limits) -> list[tuple[int, in
     ]
 
 
-def enumerate_cells(graph: ModelGraph, num_gpus: int, global_batch_size: int, limits: Limits) -> Cells:
-    """Every cell of the declared space. ValueError never: an empty result is for the caller to explain."""
+def enumerate_cells(
+    graph: ModelGraph, num_gpus: int, global_batch_size: int, limits: Limits, chunked_loss: bool = False
+) -> Cells:
+    """Every cell of the declared space. ValueError never: an empty result is for the caller to explain.
+
+    `chunked_loss`: the engine has it.
+    """
     shape = _shape(graph)
     rows: list[tuple[int, ...]] = []
     columns: list[tuple[IntArray, IntArray]] = []
@@ -242,7 +249,7 @@ def enumerate_cells(graph: ModelGraph, num_gpus: int, global_batch_size: int, li
                         if len(inner[0]):
                             rows.append((tp, sp, vp, u, r, ep, pp, dp, len(inner[0])))
                             columns.append(inner)
-    cells = _assemble(rows, columns, global_batch_size)
+    cells = _with_chunked_loss(_assemble(rows, columns, global_batch_size), graph, limits, chunked_loss)
     return cells if limits.only is None else cells.take(np.flatnonzero(limits.only(cells)))
 
 
@@ -268,7 +275,20 @@ def _assemble(
     return Cells(
         tp=tp, sp=sp, vocab_parallel=vp, ulysses=u, ring=r, ep=ep, micro_batch_size=mbs, pp=pp,
         schedule=options[:, 0], vpp=options[:, 1], dp=dp, num_microbatches=global_batch_size // (dp * mbs),
+        chunked_loss=np.zeros_like(mbs),
     )  # fmt: skip
+
+
+def _with_chunked_loss(cells: Cells, graph: ModelGraph, limits: Limits, offered: bool) -> Cells:
+    """The cells with the plain loss, then with the chunked one where a rank has more logits than two chunks' rows."""
+    head = chunked_head(graph.epilogue) if offered else None
+    rows = 0 if head is None or head.gemm is None else head.gemm.m / graph.traced_micro_batch_size
+    many = rows * cells.micro_batch_size / (cells.ulysses * cells.ring) > 2 * CHUNK_ROWS
+    allowed = _filter("chunked_loss", [0, 1], limits)
+    plain = np.arange(len(cells)) if 0 in allowed else np.zeros(0, np.int64)
+    chunked = np.flatnonzero(many) if 1 in allowed else np.zeros(0, np.int64)
+    both = cells.take(np.concatenate([plain, chunked]))
+    return replace(both, chunked_loss=np.repeat(np.array([0, 1]), [len(plain), len(chunked)]))
 
 
 def layouts(dp: int, cp: int, ep: int, limits: Limits) -> IntArray:

@@ -21,7 +21,7 @@ from planner.costmodel.strategy import PlanSpec
 from planner.kernels import dispatch
 from planner.plan import Plan
 from planner.runtime import cuts as cutting
-from planner.runtime import expert_cuts, experts, rules_math, rules_shape, zero
+from planner.runtime import expert_cuts, experts, head, norms, rules_math, rules_shape, zero
 from planner.runtime.chain import Chain
 from planner.runtime.deferred import Tape
 from planner.runtime.errors import RuntimePlanError
@@ -29,7 +29,7 @@ from planner.runtime.layers import adapt, plain_edge, slots_of
 from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import AdamWConfig, Owned, ShardedAdamW
 from planner.runtime.packing import pack
-from planner.runtime.parallel import Loss, Parallel, next_token_loss
+from planner.runtime.parallel import Loss, Parallel, logits_of, next_token_loss
 from planner.runtime.pipeline import StageModule, build_schedule, stages_of
 from planner.runtime.rules import ShardMode
 from planner.runtime.sharded import Context
@@ -80,6 +80,8 @@ def parallelize(
         dtype=precision, original=model.forward, packs=packs,
         full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
+    if norms.chosen(device):
+        parallel.norms = norms.install(model, ctx)
     _experts(parallel)
     if compiled and parallel.moe:
         raise RuntimePlanError(f"this plan is not executable: {COMPILED_EXPERTS}")
@@ -144,8 +146,13 @@ def _dry_pass(p: Parallel) -> None:
             owner._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
         tokens = torch.empty((p.ctx.micro_batch_size, p.ctx.seq_len), dtype=torch.int64, device="meta")
         with torch.no_grad(), torch.device("meta"), p.chain.recording():
-            with ShardMode(p.ctx) if p.uses_rules else nullcontext():
-                p.loss(p.model(**{p.input_name: p.shard_tokens(tokens)}), p.shard_tokens(tokens))
+            with ShardMode(p.ctx) if p.uses_rules else nullcontext(), head.watching(p.model) as products:
+                output = p.model(**{p.input_name: p.shard_tokens(tokens)})
+                p.loss(output, p.shard_tokens(tokens))
+        if p.spec.chunked_loss:
+            own = p.loss is next_token_loss
+            found = head.head_of(products, logits_of(output)) if own else (None, "the loss is not the runtime's own")
+            p.head, p.plain_loss = found
 
     p.ctx.skip_embedding = False
     p.ctx.packed = pack([p.ctx.seq_len], (1, 1), 0, (None, None), 1, torch.device("cpu")) if p.packs else None
@@ -257,6 +264,8 @@ def _apply(p: Parallel, precision: torch.dtype | None, tape: Tape | None, compil
             layer = p.chain.layer(i)
             layer.forward = torch.compile(layer.forward, dynamic=False)
         adapt(p.chain.layer(i), p.ctx, per_layer[i], spec.layers[i], p.uses_rules, p.chain.layer(i) is p.model)
+    if p.head is not None:
+        head.leave_at(p.head)
     p.original = p.model.forward
     p.model.forward = p._forward  # type: ignore[method-assign]
     inside = {(id(o), n) for found in per_layer.values() for o, n, _ in found}

@@ -19,6 +19,7 @@ from planner.runtime import zero
 from planner.runtime.chain import Chain, StageDone
 from planner.runtime.errors import RuntimePlanError
 from planner.runtime.experts import Moe
+from planner.runtime.head import HeadReached, chunked_loss
 from planner.runtime.layers import mark_parameters
 from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import Owned, ShardedAdamW
@@ -32,13 +33,18 @@ Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 def next_token_loss(output: Any, labels: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of the cross-entropy of an output's logits; labels are already shifted."""
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        logits = next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point())
-    logits, labels = logits.flatten(0, 1), labels.flatten()
+    logits, labels = logits_of(output).flatten(0, 1), labels.flatten()
     if isinstance(logits, Sharded) or isinstance(labels, Sharded):
         return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")  # its rule
     return summed_loss(logits, labels, IGNORE_INDEX)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in a model's output: what is called so, else its first tensor of real numbers."""
+    named: torch.Tensor | None = getattr(output, "logits", None)
+    if named is not None:
+        return named
+    return next(x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,9 @@ class Parallel:
     dtype: torch.dtype | None = None  # of activations, when not that of the parameters
     scale: int = 1  # tokens of the batch that the pipeline is working on
     packs: bool = False  # micro-batches are packed documents (groups.py)
+    head: nn.Linear | None = None  # of the chunked loss
+    norms: int = 0  # RMSNorms that the kernel op runs
+    plain_loss: str = ""  # why the loss is the plain one although the plan has the chunked one
 
     @property
     def uses_rules(self) -> bool:
@@ -142,6 +151,10 @@ class Parallel:
             except StageDone as done:
                 hidden = done.hidden
                 return hidden.local if isinstance(hidden, Sharded) else hidden
+            except HeadReached as reached:
+                assert self.head is not None and labels is not None
+                self.ctx.column = None
+                return chunked_loss(self.ctx, reached.hidden, self.head.weight, self.shard_tokens(labels))
             assert labels is not None
             self.ctx.column = None  # the head's input is autograd's to keep
             return self.loss(output, self.shard_tokens(labels))

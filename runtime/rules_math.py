@@ -276,6 +276,14 @@ def summed_loss(logits: torch.Tensor, target: torch.Tensor, ignore_index: int) -
     return loss.cross_entropy(logits, target, ignore_index=ignore_index).sum()
 
 
+def targets(labels: torch.Tensor, rows: tuple[Split, ...], ctx: Context) -> torch.Tensor:
+    """The labels of the rows of logits that lie on this rank."""
+    if isinstance(labels, Sharded) and on_tp(labels.splits) and not on_tp(rows):
+        assert labels.wide is not None, "labels are given to the loss in both layouts"
+        return labels.wide
+    return local_operand(labels, ctx, labels.dim(), rows)
+
+
 @rule("cross_entropy")
 def cross_entropy(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
     """Sum or mean over the local rows; logits (rows, vocabulary), whole or cut over the vocabulary."""
@@ -286,11 +294,7 @@ def cross_entropy(ctx: Context, func: Any, args: Any, kwargs: Any) -> Any:
         raise Unshardable("this form of cross-entropy", _splits(logits))
     vocab = next((s for s in _splits(logits) if s.dim == 1), None)
     rows = tuple(s for s in _splits(logits) if s.dim == 0)
-    if any(s.axis == SEQTP for s in _splits(labels)) and not any(s.axis == SEQTP for s in rows):
-        assert labels.wide is not None, "labels are given to the loss in both layouts"
-        target = labels.wide
-    else:
-        target = local_operand(labels, ctx, 1, rows)
+    target = targets(labels, rows, ctx)
     if vocab is not None:
         first = ctx.tp_rank * logits.local.shape[1]
         total = loss.cross_entropy(

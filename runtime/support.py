@@ -44,6 +44,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(name="tp", used=lambda s: s.tp > 1),
     Option(name="sp", used=lambda s: s.sequence_parallel),
     Option(name="vocab_parallel", used=lambda s: s.vocab_parallel),
+    Option(name="chunked_loss", used=lambda s: s.chunked_loss),
     Option(name="pp", used=lambda s: s.pp > 1),
     Option(name="interleaved", used=lambda s: s.schedule is ScheduleKind.INTERLEAVED),
     Option(name="zb_h1", used=lambda s: s.schedule is ScheduleKind.ZB_H1),

@@ -169,14 +169,19 @@ def _start(timeout_s: float) -> Any:
 
 
 def _apply(plan: Plan, source: Source, args: argparse.Namespace, device: Any) -> Parallel:
+    import torch.distributed as dist
+
     from planner.runtime.apply import parallelize_plan
     from planner.runtime.optimizer import AdamWConfig
 
     adamw = AdamWConfig(lr=args.lr, weight_decay=args.weight_decay, max_grad_norm=args.max_grad_norm)
-    return parallelize_plan(
+    parallel = parallelize_plan(
         source.model, plan, device=device, precision=source.precision, adamw=adamw,
         packs=plan.sequences is not None, tape=source.tape,
     )  # fmt: skip
+    if parallel.plain_loss and dist.get_rank() == 0:
+        print(f"note: not the plan's chunked loss: {parallel.plain_loss}; the logits are kept", flush=True)
+    return parallel
 
 
 def _plain_feed(plan: Plan, parallel: Parallel, source: Source, args: argparse.Namespace) -> PlainFeed:
@@ -231,7 +236,9 @@ def _loop(
 
     size = feed.samples_per_step
     first = _resume(parallel, checkpoints, args)
-    options = {"seed": args.seed, "lr": args.lr, "warmup": args.warmup, "resumed_at_step": first}
+    options = {"seed": args.seed, "lr": args.lr, "warmup": args.warmup, "resumed_at_step": first,
+               "loss": "chunked" if parallel.head is not None else f"plain: {parallel.plain_loss}".rstrip(": "),
+               "rms_norms_by_kernel": parallel.norms}  # fmt: skip
     metrics = Metrics(args.out, plan, parallel.device, args.print_every, options)
     digest = plan_body(plan)["sha256"]
     for step in range(first, args.steps):

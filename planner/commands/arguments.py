@@ -25,14 +25,15 @@ DEFAULT_CLUSTER, DEFAULT_ENGINE, DEFAULT_MARGIN_FRAC = "h100", "planner", 0.08
 SANDBOX = "a model.py is executed to trace it, in a child process with your rights: this is not a sandbox"
 ALIASES = {"mbs": "micro_batch_size", "zero_stage": "zero", "sequence_parallel": "sp"}
 FIXABLE = (
-    "tp", "sp", "vocab_parallel", "pp", "vpp", "schedule", "dp", "dp_replicate", "dp_shard", "zero", "cp", "ulysses",
-    "ring", "ep", "micro_batch_size", "recompute", "offload_activations", "offload_optimizer",
+    "tp", "sp", "vocab_parallel", "chunked_loss", "pp", "vpp", "schedule", "dp", "dp_replicate", "dp_shard", "zero",
+    "cp", "ulysses", "ring", "ep", "micro_batch_size", "recompute", "offload_activations", "offload_optimizer",
 )  # fmt: skip
 SCHEDULES = ("1f1b", "interleaved", "zb_h1", "zb_v")
 WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE_KINDS}
 FORBIDDABLE = (
-    "tp", "sp", "vocab_parallel", "pp", "vpp", "dp", "dp_replicate", "zero", "zero1", "zero2", "zero3", "cp", "ulysses",
-    "ring", "ep", "recompute", "selective", "full", "offload", "offload_activations", "offload_optimizer", *SCHEDULES,
+    "tp", "sp", "vocab_parallel", "chunked_loss", "pp", "vpp", "dp", "dp_replicate", "zero", "zero1", "zero2", "zero3",
+    "cp", "ulysses", "ring", "ep", "recompute", "selective", "full", "offload", "offload_activations",
+    "offload_optimizer", *SCHEDULES,
 )  # fmt: skip
 
 
@@ -222,7 +223,8 @@ def _value(kind: str, name: str, value: str) -> int | str:
         return value
     words = {"true": "1", "on": "1", "yes": "1", "false": "0", "off": "0", "no": "0"}
     number = words.get(value.lower(), value)
-    least = 0 if name in ("zero", "sp", "vocab_parallel", "offload_activations", "offload_optimizer") else 1
+    off = ("zero", "sp", "vocab_parallel", "chunked_loss", "offload_activations", "offload_optimizer")
+    least = 0 if name in off else 1
     if not number.isdecimal() or int(number) < least:
         raise UserError(f"{kind}: {name}={value} needs a whole number of at least {least}")
     return int(number)

@@ -33,6 +33,7 @@ EPILOG = (
     f"NOTE: {arguments.SANDBOX}."
 )
 _DEGREES = ("tp", "pp", "vpp", "ulysses", "ring", "ep")
+_OTHERS = ("sp", "vocab_parallel", "chunked_loss", "recompute", "dp_replicate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layout.add_argument("--schedule", choices=arguments.SCHEDULES, help="default: 1f1b, interleaved with --vpp")
     layout.add_argument("--sp", action="store_true", help="sequence parallelism beside TP")
     layout.add_argument("--vocab-parallel", action="store_true", help="split embedding, head and loss over tp")
+    layout.add_argument("--chunked-loss", action="store_true", help="head and loss in chunks of rows, no logits kept")
     layout.add_argument("--recompute", choices=RECOMPUTES, default="none", help="of every layer (default: %(default)s)")
     layout.add_argument("--offload-activations", action="store_true")
     layout.add_argument("--offload-optimizer", action="store_true")
@@ -113,7 +115,7 @@ def _given(args: argparse.Namespace) -> Plan:
         profile_sha256=profile_sha256,
     )
     given = Given(
-        **{name: getattr(args, name) for name in (*_DEGREES, "sp", "vocab_parallel", "recompute", "dp_replicate")},
+        **{name: getattr(args, name) for name in (*_DEGREES, *_OTHERS)},
         zero_stage=args.zero,
         micro_batch_size=args.mbs,
         schedule=args.schedule,

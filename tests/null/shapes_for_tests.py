@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from planner.costmodel.graph import ModelGraph
+from planner.costmodel.graph import ModelGraph, TpCut
 from planner.costmodel.keys import Array, Keys
 from planner.costmodel.strategy import LayerStrategy, PlanSpec
 from planner.reports.shapes import Shape, build_graph
@@ -22,6 +22,13 @@ MOE = replace(LLAMA, num_experts=8, top_k=2)
 
 def graph(shape: Shape = GPT) -> ModelGraph:
     return build_graph(shape)
+
+
+def with_module_head(graph: ModelGraph) -> ModelGraph:
+    """The graph with its head as a tracer names a module's product."""
+    ops = graph.epilogue.ops
+    named = tuple(replace(op, name="head.mm") if op.cut is TpCut.VOCAB and op.gemm else op for op in ops)
+    return replace(graph, epilogue=replace(graph.epilogue, ops=named))
 
 
 def one(value: float) -> Array:

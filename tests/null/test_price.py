@@ -6,11 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from shapes_for_tests import GPT, LLAMA, graph, keys, one
+from shapes_for_tests import GPT, LLAMA, graph, keys, one, with_module_head
 
 from planner.costmodel import comm, compute
 from planner.costmodel.engine import EngineSpec, get_engine
 from planner.costmodel.facts import layer_facts
+from planner.costmodel.graph import OpKind
+from planner.costmodel.kernels import CHUNK_KERNELS, CHUNK_ROWS, chunked_head, weight_sum_bytes
 from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import IN_STEP_GEMM, LayerPrice, host_bound_s, price_layer
@@ -147,3 +149,34 @@ def test_accumulation_moves_its_bytes_once_per_micro_batch() -> None:
     rate = device.hbm_bytes_per_s.value * device.memory.hbm_frac
     assert got.accumulate_w == pytest.approx(got.dense_params * 10 / rate)
     assert price(get_engine("megatron-core")).accumulate_w == 0
+
+
+def test_the_chunked_loss_keeps_the_heads_gradient_instead_of_the_logits() -> None:
+    """bf16: 2 bytes a weight kept where there were 2 a logit; the same products, all in forward, and sums of dw."""
+    engine = get_engine("planner")
+    epilogue, m = with_module_head(graph(LLAMA)).epilogue, machine(engine)
+    facts = layer_facts(epilogue, engine)
+    plain, chunked = (price_layer(facts, keys(micro_batch_size=8, chunked_loss=on), m) for on in (0, 1))
+    rows, weights = 8 * LLAMA.seq_len, LLAMA.hidden * LLAMA.vocab
+    assert plain.saved[0] - chunked.saved[0] == pytest.approx(2 * rows * LLAMA.vocab - 2 * weights)
+    assert chunked.loss_bytes == 2 * weights
+    assert chunked.loss_work_bytes == 4 * weights + 2 * 2 * CHUNK_ROWS * LLAMA.vocab + 2 * rows * LLAMA.hidden
+    assert chunked.gemm_f == pytest.approx(plain.gemm_f + plain.gemm_b + plain.gemm_w)
+    assert chunked.gemm_b == chunked.gemm_w == 0
+    chunks = np.ceil(rows / CHUNK_ROWS)
+    sums = compute.memory_bound_s(m.cluster.device, weight_sum_bytes(chunks, 2) * weights, CHUNK_KERNELS * chunks)
+    assert chunked.memory_f - plain.memory_f == pytest.approx(float(sums))
+
+
+def test_only_a_modules_product_that_the_loss_alone_reads_can_be_chunked() -> None:
+    found = with_module_head(graph(LLAMA)).epilogue
+    head = chunked_head(found)
+    assert head is not None and head.gemm is not None and head.gemm.n == LLAMA.vocab
+    assert chunked_head(graph(LLAMA).epilogue) is None  # a product of no module
+    read_twice = dataclasses.replace(found.ops[-1], name="max", inputs=head.outputs)
+    assert chunked_head(dataclasses.replace(found, ops=(*found.ops, read_twice))) is None
+    capped = [
+        dataclasses.replace(op, kind=OpKind.ELEMENTWISE, name="tanh") if op.name.endswith("to_float") else op
+        for op in found.ops
+    ]
+    assert chunked_head(dataclasses.replace(found, ops=tuple(capped))) is None

@@ -13,12 +13,14 @@ from functools import cache
 from typing import Any
 
 import pytest
+from shapes_for_tests import with_module_head
 
 import planner.search
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import estimate_many, machine_for, model_facts
 from planner.costmodel.graph import LayerRun, ModelGraph
 from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.kernels import CHUNK_ROWS, chunked_head
 from planner.costmodel.keys import Machine
 from planner.costmodel.pipeline import ScheduleKind, schedule_problem
 from planner.costmodel.presets import load_cluster
@@ -50,6 +52,12 @@ def mixed_graph() -> ModelGraph:
         LayerRun(layer_class=1, count=2, paths=("b.0", "b.1")),
     )
     return replace(dense, classes=(dense.classes[0], moe.classes[0]), runs=runs)
+
+
+@cache
+def wide_graph() -> ModelGraph:
+    """A vocabulary whose logits outweigh everything, behind a head that the chunked loss can take over."""
+    return with_module_head(build_graph(replace(DENSE, vocab=65_536)))
 
 
 def small_machine(graph: ModelGraph, num_gpus: int, memory_bytes: float, host_bytes: float = 1e15) -> Machine:
@@ -87,7 +95,9 @@ def meshes(graph: ModelGraph, num_gpus: int, batch: int) -> Iterator[PlanSpec]:
             if tp == 1 and (sp or vocab_parallel) or sp and seq % (tp * cp) or vocab_parallel and graph.vocab_size % tp:
                 continue
             for ep, micro in itertools.product(eps, divisors(batch // dp)):
-                for kind, vpp in schedules(pp, graph.num_layers):
+                chunks = chunked_head(graph.epilogue) is not None and seq * micro / cp > 2 * CHUNK_ROWS
+                kinds = itertools.product(schedules(pp, graph.num_layers), (False, True) if chunks else (False,))
+                for (kind, vpp), chunked in kinds:
                     if pp > 1 and schedule_problem(kind, pp, vpp, batch // dp // micro):
                         continue
                     for shard in divisors(dp):
@@ -100,7 +110,7 @@ def meshes(graph: ModelGraph, num_gpus: int, batch: int) -> Iterator[PlanSpec]:
                                 tp=tp, sequence_parallel=sp, pp=pp, vpp=vpp, schedule=kind, dp_replicate=dp // shard,
                                 dp_shard=shard, zero_stage=zero, ulysses=ulysses, ring=ring, ep=ep,
                                 micro_batch_size=micro, global_batch_size=batch, vocab_parallel=vocab_parallel,
-                                offload_optimizer=offload, stage_layers=(), layers=(),
+                                chunked_loss=chunked, offload_optimizer=offload, stage_layers=(), layers=(),
                             )  # fmt: skip
 
 
@@ -199,6 +209,8 @@ CASES = [
     Case(graph="deep", gpus=16, batch=16, memory_gb=1.3, forbidden=NO_OPTIMIZER, binds=True,
          fixed=(("pp", 4), ("tp", 2), ("cp", 1), ("micro_batch_size", 1), ("sp", 1), ("vocab_parallel", 1),
                 ("schedule", "1f1b"), ("zero_stage", 1))),
+    Case(graph="wide", gpus=4, batch=4, memory_gb=6, forbidden=NO_OPTIMIZER, binds=True,
+         fixed=(("pp", 2), ("micro_batch_size", 1), ("cp", 1), ("zero_stage", 1))),
     Case(graph="mixed", gpus=4, batch=4, memory_gb=80, forbidden=NO_OPTIMIZER,
          fixed=(("pp", 2), ("tp", 1), ("micro_batch_size", 1), ("ep", 2), ("ring", 1), ("zero_stage", 1))),
     Case(graph="mixed", gpus=4, batch=8, memory_gb=2.2, forbidden=NO_OPTIMIZER, binds=True,
@@ -207,7 +219,8 @@ CASES = [
 
 
 def run(case: Case, options: SearchOptions = EXACT) -> tuple[ModelGraph, Machine, Limits, SearchResult]:
-    graph = {"dense": dense_graph(), "deep": dense_graph(6), "mixed": mixed_graph()}[case.graph]
+    graphs = {"dense": dense_graph(), "deep": dense_graph(6), "mixed": mixed_graph(), "wide": wide_graph()}
+    graph = graphs[case.graph]
     machine = small_machine(graph, case.gpus, case.memory_gb * 1e9, case.host_gb * 1e9)
     forbidden = frozenset(case.forbidden) | (frozenset() if case.offload else {"offload_activations"})
     fixed = {("zero" if name == "zero_stage" else name): value for name, value in case.fixed}
@@ -222,6 +235,7 @@ def test_search_equals_brute_force(case: Case) -> None:
     assert count > 100
     assert result.stop_reason == "exhausted"
     assert result.plans[0].step_s == pytest.approx(best, rel=1e-9)
+    assert result.plans[0].spec.chunked_loss == (case.graph == "wide")
     assert result.lower_bound_s <= best * (1 + 1e-9)
     assert result.lower_bound_s == pytest.approx(best, rel=1e-6)
     *_, roomy = run(replace(case, memory_gb=1e3, host_gb=1e6))

@@ -86,6 +86,8 @@ ALONE: dict[str, tuple[int, str, PlanSpec]] = {
     "vocab_parallel": (2, "llama", spec(tp=2, vocab_parallel=True)),
     "vocab_parallel tied": (2, "gpt", spec(tp=2, **_SP)),
     "vocab_parallel hf": (2, "hf_gpt2", spec(tp=2, **_SP)),
+    "chunked_loss": (2, "llama", spec(tp=2, chunked_loss=True, **_SP)),
+    "chunked_loss tied hf": (2, "hf_gpt2", spec(dp_shard=2, zero_stage=3, micro_batch_size=2, chunked_loss=True)),
     "pp uneven": (2, "llama", spec(pp=2, stages=((0, 1), (1, 4)))),
     "pp hand-written": (2, "odd", spec(pp=2)),
     "pp hf": (2, "hf_llama", spec(pp=2)),
@@ -116,6 +118,11 @@ ALONE: dict[str, tuple[int, str, PlanSpec]] = {
 # Several options at once, chosen for where they meet.
 TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "tp sp zero3 full": (4, "llama", spec(tp=2, dp_shard=2, zero_stage=3, recompute="full", **_SP)),
+    "chunked_loss pp tp sp tied": (4, "hf_gpt2", spec(pp=2, tp=2, chunked_loss=True, **_SP)),
+    "chunked_loss ring tp": (4, "hf_llama", spec(ring=2, tp=2, vocab_parallel=True, chunked_loss=True)),
+    "chunked_loss zb_v tp": (4, "llama", spec(tp=2, chunked_loss=True, **_V)),
+    "chunked_loss of a whole head under sp": (4, "llama", spec(
+        tp=2, sequence_parallel=True, dp_shard=2, zero_stage=2, recompute="full", chunked_loss=True)),
     "tp dp selective": (4, "gpt", spec(dp_replicate=2, tp=2, recompute="selective", vocab_parallel=True)),
     "ring tp sp": (4, "hf_llama", spec(ring=2, tp=2, recompute="full", **_SP)),
     "ulysses zero3": (4, "hf_gpt2", spec(ulysses=2, dp_shard=2, zero_stage=3)),
@@ -124,7 +131,7 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "interleaved ulysses zero1": (4, "llama", spec(ulysses=2, zero_stage=1, offload_optimizer=True, **_INTER)),
     "interleaved zero3": (4, "llama", spec(dp_shard=2, zero_stage=3, **_INTER)),
     "zb_v zero1": (4, "llama", spec(dp_shard=2, zero_stage=1, **_V)),
-    "1f1b zero2 mixed layers": (4, "llama", spec(pp=2, dp_shard=2, zero_stage=2, layers=(
+    "1f1b zero2 mixed layers": (4, "llama", spec(chunked_loss=True, pp=2, dp_shard=2, zero_stage=2, layers=(
         LayerStrategy(recompute="full"), LayerStrategy(recompute="none", offload_activations=True),
         LayerStrategy(recompute="selective"), LayerStrategy(recompute="full", offload_activations=True)))),
     "ep within zero3, full": (4, "hf_mixtral", spec(dp_shard=4, ep=2, zero_stage=3, recompute="full")),
@@ -145,11 +152,11 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "zb_h1 ep": (4, "hf_mixtral", spec(dp_shard=2, ep=2, **_H1)),
     "zb_v ep": (4, "deepseek", spec(dp_shard=2, ep=2, zero_stage=1, **_V)),
     "ep ulysses zero2 selective": (4, "deepseek", spec(
-        ulysses=2, dp_shard=2, ep=2, zero_stage=2, recompute="selective", offload_optimizer=True)),
+        chunked_loss=True, ulysses=2, dp_shard=2, ep=2, zero_stage=2, recompute="selective", offload_optimizer=True)),
     "interleaved ep ring zero2": (4, "deepseek", spec(ring=2, ep=2, zero_stage=2, offload=True, **_INTER)),
     "interleaved replicas ring full": (8, "llama", spec(
-        dp_replicate=2, ring=2, zero_stage=1, recompute="full", **_INTER)),
-    "zb_h1 replicas ulysses": (8, "hf_llama", spec(dp_replicate=2, ulysses=2, zero_stage=1, **_H1)),
+        chunked_loss=True, dp_replicate=2, ring=2, zero_stage=1, recompute="full", **_INTER)),
+    "zb_h1 replicas ulysses": (8, "hf_llama", spec(chunked_loss=True, dp_replicate=2, ulysses=2, zero_stage=1, **_H1)),
     "zb_v replicas ulysses": (8, "gpt", spec(
         dp_replicate=2, ulysses=2, zero_stage=1, offload_optimizer=True, **_V)),
     "ep fewer experts than shards": (8, "hf_mixtral", spec(dp_shard=8, ep=4, zero_stage=3)),

@@ -29,6 +29,7 @@ LEAST: dict[str, dict[str, object]] = {
     "tp": {"tp": 2},
     "sp": {"tp": 2, "sequence_parallel": True},
     "vocab_parallel": {"tp": 2, "vocab_parallel": True},
+    "chunked_loss": {"chunked_loss": True},
     "pp": {"pp": 2},
     "interleaved": {"pp": 2, "vpp": 2, "schedule": ScheduleKind.INTERLEAVED},
     "zb_h1": {"pp": 2, "schedule": ScheduleKind.ZB_H1},

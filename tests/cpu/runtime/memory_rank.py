@@ -8,6 +8,7 @@ import torch
 
 from planner.costmodel.strategy import PlanSpec
 from planner.profiler.graph_io import decode_graph
+from planner.runtime import head
 from planner.runtime.apply import parallelize
 from planner.runtime.checkpoint import moments_of
 from planner.runtime.memory import held, peak_of
@@ -15,15 +16,18 @@ from planner.runtime.memory import held, peak_of
 
 def run(case):
     """For each plan: bytes (on the device, on the host) at the peak of a step, and between steps."""
-    with open(case["graph"], "rb") as file:
-        graph = decode_graph(file.read())
+    graphs = {}
+    for builder, path in case["graphs"].items():
+        with open(path, "rb") as file:
+            graphs[builder] = decode_graph(file.read())
+    head.CHUNK_ROWS = memory_model.CHUNK_ROWS
     found = []
-    for decisions in case["specs"]:
-        plan = msgspec.convert(decisions, PlanSpec)
-        model = memory_model.build_model().to(torch.float32)
+    for builder, decisions in case["specs"]:
+        plan, graph = msgspec.convert(decisions, PlanSpec), graphs[builder]
+        model = getattr(memory_model, builder)().to(torch.float32)
         p = parallelize(model, plan, graph, precision=torch.bfloat16)
         size = plan.global_batch_size // plan.dp
-        tokens = torch.randint(memory_model.VOCAB, (size, graph.traced_seq_len + 1))
+        tokens = torch.randint(graph.vocab_size, (size, graph.traced_seq_len + 1))
         batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         for item in p.owned:
             moments_of(p, item)  # as after a first step

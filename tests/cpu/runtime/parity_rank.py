@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
+from unittest import mock
 
 import msgspec
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from planner.costmodel.strategy import PlanSpec
 from planner.profiler.graph_io import decode_graph
+from planner.runtime import head
+from planner.runtime import norms as norm_modules
 from planner.runtime.apply import parallelize
 from planner.runtime.checkpoint import Checkpoints, committed, moments_of
 from planner.runtime.layout import boxes
@@ -20,6 +23,7 @@ from planner.runtime.parallel import next_token_loss
 from planner.runtime.zero import local
 
 STEPS = 3
+head.CHUNK_ROWS = 5  # several chunks, the last one shorter
 _ADAMW = AdamWConfig(lr=1e-3, max_grad_norm=0.5)
 
 
@@ -118,9 +122,12 @@ def run_case(case):
     if key not in _cache:
         _cache[key] = reference(case, vocab)
     losses, norms, grads, params = _cache[key]
-    parallel = parallelize(
-        build(case), spec, graph, seq_len=case["seq_len"], adamw=copy.copy(_ADAMW), compiled=case["compiled"]
-    )
+    fused = case["model"] == "llama" and spec.chunked_loss  # other cases have torch's own norms and loss
+    with mock.patch.object(norm_modules, "chosen", lambda device: fused):
+        parallel = parallelize(
+            build(case), spec, graph, seq_len=case["seq_len"], adamw=copy.copy(_ADAMW), compiled=case["compiled"]
+        )
+    assert (parallel.norms > 0) == fused
     at, size = parallel.mesh.position["dp"], spec.global_batch_size // spec.dp
     got_losses, got_norms, got_grads = [], [], None
     for tokens, labels in batches(case, vocab):
@@ -138,6 +145,7 @@ def run_case(case):
         "params": worst(got_params, params),
         "gathered": dict(parallel.ctx.gathered),
         "resumed": resumed(parallel, case, graph) if case["resumes"] else 0.0,
+        "chunked_loss": parallel.head is not None,
     }
 
 

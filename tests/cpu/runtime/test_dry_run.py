@@ -18,6 +18,7 @@ MODEL = Path(__file__).with_name("train_model.py")
 PLANS = {
     "tp": spec(tp=2),
     "tp sp zero1": spec(tp=2, dp_shard=2, zero_stage=1, **_SP),
+    "chunked loss": spec(tp=2, dp_shard=2, zero_stage=1, micro_batch_size=2, chunked_loss=True, **_SP),
     "pp full": spec(tp=2, pp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP),
     "ring selective": spec(tp=2, ring=2, dp_shard=2, zero_stage=1, recompute="selective", **_SP),
     "ulysses full": spec(ulysses=2, dp_shard=2, zero_stage=2, recompute="full", global_batch_size=4),  # 2 a rank

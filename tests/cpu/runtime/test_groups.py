@@ -32,8 +32,8 @@ PLANS = {
     4: [
         ("llama", spec(dp_shard=4, zero_stage=3), 5),
         ("gpt", spec(dp_shard=4, zero_stage=1), 4),
-        ("llama", spec(ulysses=2, ring=2), 4),
-        ("hf_llama", spec(tp=2, dp_shard=2, zero_stage=3, **_SP), 4),
+        ("llama", spec(ulysses=2, ring=2, chunked_loss=True), 4),
+        ("hf_llama", spec(tp=2, dp_shard=2, zero_stage=3, chunked_loss=True, **_SP), 4),
         ("hf_mixtral", spec(dp_shard=4, zero_stage=2), 2),
     ],
     8: [

@@ -24,7 +24,7 @@ def check(ranks: int, named: list[tuple[str, str, object]], folder: Path, compil
     runs = [case(model, plan, folder, RESUMED.get(name), compiled) for name, model, plan in named]
     found = run_world(ranks, "parity_rank.run", runs, 500.0)
     wrong = []
-    for i, (name, _, _) in enumerate(named):
+    for i, (name, _, plan) in enumerate(named):
         results = [rank[i] for rank in found]
         failed = next((r for r in results if "error" in r), None)
         if failed is not None:
@@ -34,6 +34,8 @@ def check(ranks: int, named: list[tuple[str, str, object]], folder: Path, compil
         worst = max(first["loss"], first["norm"], first["grads"][1], first["params"][1], first["resumed"])
         if not worst <= LIMIT:
             wrong.append(f"{name}: {first}")
+        if first["chunked_loss"] != plan.chunked_loss:
+            wrong.append(f"{name}: chunked_loss is {first['chunked_loss']}")
         if first["gathered"]:
             wrong.append(f"{name}: ops without a rule ran on gathered tensors: {first['gathered']}")
     assert not wrong, "\n".join(wrong)

@@ -16,6 +16,7 @@ from worlds import run_world  # noqa: E402
 def test_bfloat16_over_float32_masters(tmp_path: Path) -> None:
     """Plans agree with each other within bfloat16 rounding (2**-8 relative), and masters stay float32."""
     plans = [spec(dp_shard=2, zero_stage=3), spec(pp=2), spec(tp=2, **_SP), spec(**_V)]
+    plans.append(spec(dp_shard=2, zero_stage=2, micro_batch_size=2, chunked_loss=True))
     found = run_world(2, "precision_rank.run", [case("llama", p, tmp_path) for p in plans])
     reference = found[0][0][0]
     assert reference[-1] < 2 * reference[0]

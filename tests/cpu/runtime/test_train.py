@@ -29,7 +29,7 @@ from planner.runtime.train import dropout_seed  # noqa: E402
 MODEL = Path(__file__).with_name("train_model.py")
 PLANS = {
     "tp2 pp2": spec(tp=2, pp=2, **_SP),
-    "zero3": spec(dp_shard=4, zero_stage=3, recompute="full"),
+    "zero3": spec(dp_shard=4, zero_stage=3, recompute="full", chunked_loss=True),
     "zb_v tp2": spec(tp=2, **_V),
     "ring tp2 offload": spec(tp=2, ring=2, zero_stage=1, offload_optimizer=True),
     "hybrid": spec(dp_replicate=2, dp_shard=2, zero_stage=2, micro_batch_size=2),
@@ -81,6 +81,7 @@ def test_every_plan_learns_alike_and_resumes_any_other(plans: dict[str, str], tm
     assert losses(tmp_path / "resumed again") == losses(tmp_path / "tp2 pp2")[3:]  # same plan: to the last bit
     record = json.loads((tmp_path / "zero3/run.json").read_text())
     assert record["plan"]["decisions"]["zero_stage"] == 3 and len(record["peak_tensor_bytes"]) == 4
+    assert record["options"]["loss"] == "chunked"
     assert [p.name for p in sorted((tmp_path / "zero3/checkpoints").iterdir())] == ["step-00000003", "step-00000006"]
 
 
