@@ -115,12 +115,14 @@ def _curve(table: Table | None) -> Source:
 
 
 def _layer_evidence(facts: LayerFacts, keys: Keys, machine: Machine) -> Source | None:
-    """MEASURED for a whole layer at a measured micro-batch size, INTERPOLATED for others and shards; None if not."""
+    """MEASURED for a whole layer at a measured micro-batch size; INTERPOLATED for others, shards, and layers in which
+    kernels stand in for what was measured; None if not measured.
+    """
     tables = _tables((facts.traced or facts).layer, machine)
     if tables[0] is None or tables[1] is None:
         return None
     shards = keys.tp * keys.cp * keys.ep
-    if float(shards[0]) > 1:
+    if float(shards[0]) > 1 or facts.traced is not None:
         return Source.INTERPOLATED
     return weakest(min(covered(table, (float(keys.tokens[0]),)), Source.INTERPOLATED) for table in tables)
 

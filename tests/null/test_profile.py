@@ -292,7 +292,7 @@ def layer_profile(factor: float) -> Profile:
     for of_layer, price in layers:
         ways = {"forward": price.forward_s, "backward": price.backward_input_s + price.weight_s}
         for way, times in ways.items():
-            name = f"{layer_name(of_layer.layer)}/{way}"
+            name = f"{layer_name((of_layer.traced or of_layer).layer)}/{way}"
             samples += [
                 sample("layer", (s, graph().traced_seq_len), factor * float(t), name)
                 for s, t in zip(sizes, times, strict=True)
@@ -314,12 +314,17 @@ def test_layers_take_what_was_measured() -> None:
 
 def test_leaves_say_what_they_rest_on() -> None:
     cluster = fit_cluster(load_cluster("h100"), layer_profile(1.0), 1)
-    for gpus, mbs, tp, evidence in ((1, 4, 1, Source.MEASURED), (1, 2, 1, Source.INTERPOLATED),
-                                    (2, 4, 2, Source.INTERPOLATED)):  # fmt: skip
-        machine = machine_for(graph(), cluster, job().machine.engine, gpus)
+    ours = job().machine.engine  # its loss is not the one that was measured
+    traced = replace(ours, kernels={})
+    for engine, gpus, mbs, tp, evidence in (
+        (traced, 1, 4, 1, Source.MEASURED), (ours, 1, 4, 1, Source.INTERPOLATED),
+        (traced, 1, 2, 1, Source.INTERPOLATED), (traced, 2, 4, 2, Source.INTERPOLATED),
+    ):  # fmt: skip
+        machine = machine_for(graph(), cluster, engine, gpus)
         tree = estimate(graph(), machine, spec(gpus=gpus, micro_batch_size=mbs, tp=tp)).breakdown
         found = {leaf.name: leaf.source for leaf in tree.leaves()}
-        assert found["gemm"] is evidence and found["attention"] is evidence
+        assert found["gemm"] is evidence
+        assert found["attention"] is (Source.MEASURED if engine is ours else evidence)  # of layers run as measured
         assert found["bubble"] is Source.MODELLED
     plain = estimate(graph(), machine_for(graph(), load_cluster("h100"), job().machine.engine, 1), spec(gpus=1))
     assert all(leaf.source is not Source.MEASURED for leaf in plain.breakdown.leaves())
