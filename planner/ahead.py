@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from planner.batch import IntArray
 from planner.dispatch import Dispatch, dispatch
 from planner.menus import Dispatching
-from planner.placing import IntArray
 
 
 def heuristic(found: Dispatching, lengths: IntArray) -> Dispatch:

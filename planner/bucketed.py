@@ -1,9 +1,10 @@
 """search_lengths(...): one model-state layout for a run over a length distribution, and what each bucket does in it.
 
 For every state layout the dispatcher is run on the same sampled global batches; the expected step is their mean.
-Layouts are taken in the order of a lower bound (the mean of the batches' bounds, placing.bound_s), and the search
-ends when the next bound meets the incumbent: so the certificate covers every layout, every kind of group and every
-dispatch, for these batches. Declared space: tp x pp x ZeRO stage (1F1B, as many layers on every stage; sequence and
+Layouts are taken in the order of a lower bound (the mean of the batches' quick bounds, batch_bounds.bound_s), which
+relaxations raise before a layout is dispatched (branching.tight_bound_s), and the search ends when the next bound
+meets the incumbent: so the certificate covers every layout, every kind of group and every dispatch, for these batches.
+Declared space: tp x pp x ZeRO stage (1F1B, as many layers on every stage; sequence and
 vocabulary parallel with tp wherever they divide; states sharded over all data ranks), degrees that are powers of
 two, the same strategy for all layers of a group. Shapes: B batches, K kinds.
 """
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.batch import IntArray, fewest_steps, table_of
+from planner.batch_bounds import bound_s
+from planner.branching import tight_bound_s
 from planner.buckets import Edges, best_edges, bucket_of
 from planner.costmodel.estimate import model_facts
 from planner.costmodel.graph import ModelGraph
@@ -23,12 +27,12 @@ from planner.costmodel.keys import Machine
 from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, menu, without_dominated
 from planner.dispatch import Dispatch, dispatch, static_dispatch
 from planner.lengths import Lengths
-from planner.placing import IntArray, bound_s, fewest_steps, table_of
 from planner.space import Limits, enumerate_cells, strategy_uses
 
 _SPARE_FRAC = 0.01  # kinds within this of a better one are left out; bounds give up as much
 _STATICS = 3  # kinds tried for the static plan of a layout, by a bound
 _STEP_LIMIT_S = 0.5  # of the dispatcher, per batch
+_PROGRAMS, _ABOVE = 8, 1.1  # relaxations a batch, and how far above the incumbent's share a bound may say something
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +48,17 @@ class LengthOptions:
     time_limit_s: float = 60.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layout:
-    """A state layout, the kinds that are dispatched to, and the bound on its expected step over all kinds."""
+    """A state layout, the kinds that are dispatched to, all kinds, and the bound on its expected step over them.
+
+    `quick_bounds_s`: of every batch, without what is paid once per step.
+    """
 
     shape: DataShape
     menu: Menu
+    kinds: Menu
+    quick_bounds_s: tuple[float, ...]
     lower_bound_s: float
 
 
@@ -117,32 +126,36 @@ def search_lengths(
 ) -> LengthResult:  # fmt: skip
     """The layout with the least expected step. NothingHolds if the longest length fits none of them."""
     start_s = clock()
+    end_s = start_s + options.time_limit_s
     batches = lengths.batches(options.batches, tokens_per_step, options.seed)
     layouts = _layouts(graph, machine, lengths, batches, limits, options)
+    bounds = {layout: layout.lower_bound_s for layout in layouts}
     best: _Best | None = None
     static: StaticPlan | None = None
     reason, solved = "exhausted", 0
     for layout in layouts:
+        if best is not None and clock() >= end_s:
+            reason = "time_limit"
+            break
         if best is not None and layout.lower_bound_s >= best.step_s * (1 - options.gap_frac):
             reason = "gap"
             break
-        if best is not None and clock() - start_s > options.time_limit_s:
-            reason = "time_limit"
-            break
+        if best is not None:
+            bounds[layout] = _tightened(layout, batches, best.step_s, end_s, clock)
+            if bounds[layout] >= best.step_s * (1 - options.gap_frac):
+                continue
         solved += 1
-        static = _static(layout, batches, lengths.longest_tokens, static)
-        found = tuple(
-            dispatch(layout.menu, batch, gap_frac=options.gap_frac / 2, time_limit_s=_STEP_LIMIT_S)
-            for batch in batches
-        )
+        found = _dispatched(layout, batches, options.gap_frac / 2, end_s, clock)
         mean_s = float(np.mean([d.step_s for d in found]))
         if best is None or mean_s < best.step_s:
             best = _Best(layout=layout, dispatches=found, step_s=mean_s)
+        static = _static(layout, batches, lengths.longest_tokens, static, lambda: clock() >= end_s)
     assert best is not None
+    bounds[best.layout] = max(bounds[best.layout], _tightened(best.layout, batches, best.step_s, end_s, clock))
     edges = _edges(best.layout.menu, lengths, options)
     return LengthResult(
         layout=best.layout, batches=batches, dispatches=best.dispatches,
-        lower_bound_s=min(best.step_s, min(layout.lower_bound_s for layout in layouts)), edges=edges,
+        lower_bound_s=min(best.step_s, *bounds.values()), edges=edges,
         buckets=_buckets(best, batches, edges), static=static, num_layouts=len(layouts), num_solved=solved,
         stop_reason=reason, search_s=clock() - start_s,
     )  # fmt: skip
@@ -153,6 +166,30 @@ class _Best:
     layout: Layout
     dispatches: tuple[Dispatch, ...]
     step_s: float
+
+
+def _dispatched(
+    layout: Layout, batches: tuple[IntArray, ...], gap_frac: float, end_s: float, clock: Callable[[], float]
+) -> tuple[Dispatch, ...]:
+    """Every batch dispatched, each in an equal part of the time that is left, and no more than a batch needs."""
+    found = []
+    for number, batch in enumerate(batches):
+        limit_s = min(_STEP_LIMIT_S, max(end_s - clock(), 0.0) / (len(batches) - number))
+        found.append(dispatch(layout.menu, batch, gap_frac=gap_frac, time_limit_s=limit_s, clock=clock))
+    return tuple(found)
+
+
+def _tightened(
+    layout: Layout, batches: tuple[IntArray, ...], best_s: float, end_s: float, clock: Callable[[], float]
+) -> float:
+    """The layout's bound after a few relaxations of each batch over all its kinds, as far as time goes."""
+    kinds = layout.kinds
+    bounds = []
+    for batch, quick_s in zip(batches, layout.quick_bounds_s, strict=True):
+        programs = _PROGRAMS if clock() < end_s else 0
+        upper_s = quick_s * max(best_s / layout.lower_bound_s, 1.0) * _ABOVE
+        bounds.append(max(quick_s, tight_bound_s(kinds, table_of(kinds, batch), upper_s, programs)))
+    return float(np.mean(bounds)) / (1 + _SPARE_FRAC) + kinds.step_s
 
 
 # ---- layouts
@@ -175,11 +212,16 @@ def _layouts(
         held = max(held, room)
         if room < longest:
             continue
-        bound = float(np.mean([bound_s(kinds, table_of(kinds, batch)) for batch in batches])) / (1 + _SPARE_FRAC)
+        quick = tuple(bound_s(kinds, table_of(kinds, batch)) for batch in batches)
+        bound = float(np.mean(quick)) / (1 + _SPARE_FRAC)
         small = core(kinds, lengths.mean_tokens)
         if max(g.capacity_tokens for g in small.groups) < longest:
             small = kinds
-        found.append(Layout(shape=shape, menu=small, lower_bound_s=bound + kinds.step_s))
+        found.append(
+            Layout(
+                shape=shape, menu=small, kinds=kinds, quick_bounds_s=quick, lower_bound_s=bound + kinds.step_s
+            )
+        )  # fmt: skip
     if not found:
         raise NothingHolds(int(held))
     return sorted(found, key=lambda layout: layout.lower_bound_s)
@@ -197,7 +239,6 @@ def _allowed(found: Menu, limits: Limits) -> Menu:
 
     groups = tuple(group for group in found.groups if fits(group))
     return Menu(groups=groups, num_ranks=found.num_ranks, lockstep=found.lockstep, pp=found.pp, step_s=found.step_s)
-
 
 
 def shapes_of(
@@ -234,8 +275,13 @@ def shapes_of(
 # ---- static plan and buckets
 
 
-def _static(layout: Layout, batches: tuple[IntArray, ...], longest: int, best: StaticPlan | None) -> StaticPlan | None:
-    """The best static plan of the layout, or `best` if that is no slower; kinds by a bound, a few of them run."""
+def _static(
+    layout: Layout, batches: tuple[IntArray, ...], longest: int, best: StaticPlan | None, late: Callable[[], bool]
+) -> StaticPlan | None:
+    """The best static plan of the layout, or `best` if that is no slower; kinds by a bound, a few of them run.
+
+    Once there is one, it ends when it is late.
+    """
     menu_ = layout.menu
     tables = [table_of(menu_, batch) for batch in batches]
 
@@ -250,7 +296,7 @@ def _static(layout: Layout, batches: tuple[IntArray, ...], longest: int, best: S
 
     holds = [k for k, group in enumerate(menu_.groups) if group.capacity_tokens >= longest]
     for bound, kind in sorted((least_s(kind), kind) for kind in holds)[:_STATICS]:
-        if best is not None and bound >= best.mean_step_s:
+        if best is not None and (bound >= best.mean_step_s or late()):
             break
         found = [static_dispatch(menu_, batch, kind) for batch in batches]
         if any(d is None for d in found):

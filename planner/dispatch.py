@@ -6,25 +6,32 @@ Pure. A step is one or more micro-steps; a micro-step cuts the data ranks into g
 the slowest groups; otherwise there is one micro-step, groups run their micro-batches on their own, and with pp > 1
 a group is a pipeline: sum t_j + (pp - 1) max t_j of its micro-batches (flow shop with equal stages).
 
-Lengths are never rounded. The answer carries a proved lower bound on every dispatch of the menu (placing.bound_s)
+Lengths are never rounded. The answer carries a proved lower bound on every dispatch of the menu (branching.py)
 and is not slower than the static plan, if one is given. Equal inputs, equal answer, unless time runs out.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
+from planner.batch import IntArray, Table, fewest_steps, table_of
+from planner.batch_bounds import bound_s
+from planner.branching import Guide, Tree
 from planner.costmodel.sequences import Menu
-from planner.placing import Placed, Rule, Table, bound_s, place, place_somehow, rules, table_of
+from planner.placing import BestFit, Placed, Way
 
-IntArray = NDArray[np.int64]
-_GROWTH = (1.05, 1.1, 1.2, 1.4, 1.8, 2.6, 4.2, 7.4, 14.0, 28.0)  # of the bound, until a target is met
-_HALVINGS = 7  # of the interval between a target that failed and one that held, afterwards
+_GROWTH = (1.05, 1.12, 1.2, 1.4, 1.8, 3.0, 7.0, 28.0)  # of the bound, until a first target is met
+_FIRST_STEPS, _LEADS = 7, (1.0, 1.5, 3.0)  # micro-steps from the fewest on, and how much longer the first lasts
+_LONGER = (0.004, 0.01, 0.02, 0.035, 0.06, 0.1, 0.17, 0.28, 0.45)  # than relaxed, targets
+_LONGER_FIRST, _TRIES = (0.02, 0.05, 0.1, 0.25, 0.6), 2  # of a new guide, and targets of all after each relaxation
+_RULE_GAP_FRAC, _RULE_LOOKS = 0.002, 384  # of dispatches that are compared with: how close, and how long they try
+_RELAXATIONS = 64  # at most
+_STRATEGIES = 2  # of those that a relaxation uses, tried with all of their kinds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +112,12 @@ def dispatch(
     checked(menu, lengths)
     start_s = clock()
     table = table_of(menu, lengths)
-    bound = bound_s(menu, table)
     best: Placed | None = None
     method = "best fit"
     if static_kind is not None:
         best, method = homogeneous(menu, table, static_kind), "static"
     end_s = start_s + time_limit_s
-    found = _shorten(menu, table, bound, best, gap_frac, lambda: clock() > end_s)
+    found, bound = _shorten(menu, table, best, gap_frac, lambda: clock() > end_s)
     if found is not best:
         best, method = found, "best fit"
     if best is None:
@@ -140,9 +146,7 @@ def placed_dispatch(menu: Menu, lengths: IntArray, change: Callable[[Table], Tab
     start_s = time.perf_counter()
     checked(menu, lengths)
     table = table_of(menu, lengths)
-    only = change(table)
-    bound = bound_s(menu, only)
-    placed = None if bound == np.inf else _shorten(menu, only, bound, None, 0.002, lambda: False)
+    placed, _ = _shorten(menu, change(table), None, _RULE_GAP_FRAC, _after(_RULE_LOOKS))
     if placed is None:
         raise ValueError("the restriction leaves a sequence no group")
     return _written(menu, table, placed, bound_s(menu, table), "restricted", time.perf_counter() - start_s)
@@ -150,56 +154,133 @@ def placed_dispatch(menu: Menu, lengths: IntArray, change: Callable[[Table], Tab
 
 def homogeneous(menu: Menu, table: Table, kind: int) -> Placed | None:
     """The best of balanced packings over groups of `kind` alone; None if a sequence does not fit it."""
-    only = table.restricted((kind,))
-    bound = bound_s(menu, only)
-    return None if bound == np.inf else _shorten(menu, only, bound, None, 0.002, lambda: False)
+    placed, _ = _shorten(menu, table.restricted((kind,)), None, _RULE_GAP_FRAC, _after(_RULE_LOOKS))
+    return placed
+
+
+def _after(looks: int) -> Callable[[], bool]:
+    """Late once it was asked `looks` times: a limit under which equal inputs have equal answers."""
+    left = iter(range(looks))
+    return lambda: next(left, None) is None
 
 
 def _shorten(
-    menu: Menu, table: Table, bound: float, best: Placed | None, gap_frac: float, late: Callable[[], bool]
-) -> Placed | None:
-    """The shortest placement found, `best` if none is shorter.
+    menu: Menu, table: Table, best: Placed | None, gap_frac: float, late: Callable[[], bool]
+) -> tuple[Placed | None, float]:
+    """The shortest placement found, `best` if none is shorter, and a bound on all of them.
 
-    Targets grow from the bound until some rule meets one, then halve back towards the last that none met. Once
-    there is an answer, it ends when that is within `gap_frac` of the bound or it is late.
+    Relaxations (branching.py) say how long micro-steps would last and which kinds they would use; best fit tries
+    that, a little longer each time, of a few relaxations the shortest target first. It ends when the answer is within
+    `gap_frac` of the bound, nothing is left to try, or, once there is an answer, it is late.
     """
-    tried = rules(menu, table)
-    low, high = bound, np.inf
-    for growth in _GROWTH:
-        target = bound * growth
-        if best is not None and (best.time_s <= max(target, bound / (1 - gap_frac)) or late()):
+    tree, fit = Tree(menu, table), BestFit(menu, table)
+    best = best or _first_placed(fit, tree.bound_s)
+    if best is None:
+        return None, tree.bound_s
+    tries: list[_Try] = []
+    relaxations = iter(range(_RELAXATIONS))
+    while best.time_s > tree.bound_s / (1 - gap_frac) and not late():
+        guide = tree.expand(best.time_s) if next(relaxations, None) is not None else None
+        if guide is not None:
+            best = _quickly(fit, guide, best, late)
+            target = guide.time_s * (1 + _LONGER[0])
+            heapq.heappush(tries, _Try(target_s=target, number=next(tree.number), guide=guide))
+        for _ in range(_TRIES):
+            if tries and best.time_s > tree.bound_s / (1 - gap_frac) and not late():
+                best = _follow(fit, tries, best, tree.bound_s / (1 - gap_frac), late)
+        if guide is None and not tries:
             break
-        found = _first(menu, table, target, tried, late if best is not None else lambda: False)
-        if found is not None:
-            best, high = _shorter(best, found), target
-            break
-        low = target
-    best = best or place_somehow(menu, table)
-    for _ in range(_HALVINGS):
-        if best is None or best.time_s <= bound / (1 - gap_frac) or late() or high < low * 1.002:
-            break
-        target = (low + min(high, best.time_s)) / 2
-        found = _first(menu, table, target, tried, late)
-        if found is None:
-            low = target
-        else:
-            best, high = _shorter(best, found), target
+    return best, min(tree.bound_s, best.time_s)
+
+
+def _quickly(fit: BestFit, guide: Guide, best: Placed, late: Callable[[], bool]) -> Placed:
+    """What best fit without patience makes of a new guide, at few targets: an answer early on."""
+    families = list(dict.fromkeys(way.kinds for way in _ways(fit.menu, guide)))
+    for longer in _LONGER_FIRST:
+        target = guide.time_s * (1 + longer)
+        for kinds in families:
+            if target >= best.time_s or late():
+                return best
+            limits = tuple(last * (1 + longer) for last in guide.lasts_s)
+            found = fit.place(limits, Way(kinds=kinds, patience=np.inf), late)
+            if found is not None:
+                return found if found.time_s < best.time_s else best
     return best
 
 
-def _shorter(best: Placed | None, found: Placed) -> Placed:
-    return found if best is None or found.time_s < best.time_s else best
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class _Try:
+    """The next target for a guide; `level`: of `_LONGER`."""
+
+    target_s: float
+    number: int
+    guide: Guide = field(compare=False)
+    level: int = field(default=0, compare=False)
 
 
-def _first(menu: Menu, table: Table, target: float, tried: list[Rule], late: Callable[[], bool]) -> Placed | None:
-    """What the first rule that meets the target makes; it comes first from then on."""
-    for at, rule in enumerate(tried):
-        placed = place(menu, table, target, rule)
-        if placed is not None:
-            tried.insert(0, tried.pop(at))
+def _follow(fit: BestFit, tries: list[_Try], best: Placed, goal_s: float, late: Callable[[], bool]) -> Placed:
+    """Best fit for the shortest target; a guide that fails is tried longer later on, others are done with."""
+    now = heapq.heappop(tries)
+    if now.target_s >= best.time_s:
+        return best
+    found = _first(fit, now.guide, now.target_s, late)
+    if found is None:
+        if now.level + 1 < len(_LONGER):
+            target = now.guide.time_s * (1 + _LONGER[now.level + 1])
+            heapq.heappush(tries, _Try(target_s=target, number=now.number, guide=now.guide, level=now.level + 1))
+        return best
+    best = found if found.time_s < best.time_s else best
+    if best.time_s > goal_s and now.level:
+        between = now.guide.time_s * (1 + (_LONGER[now.level - 1] + _LONGER[now.level]) / 2)
+        found = _first(fit, now.guide, between, late)
+    return found if found is not None and found.time_s < best.time_s else best
+
+
+def _first_placed(fit: BestFit, bound_s: float) -> Placed | None:
+    """Some placement near the bound: equal micro-steps, or a longer one first; None if a sequence fits no kind."""
+    if bound_s == np.inf:
+        return None
+    fewest = fewest_steps(fit.menu, fit.table)
+    families = _same_strategy(fit.menu, tuple(fit.table.usable().tolist()))
+    shapes = [(1, 1.0)]
+    if fit.menu.lockstep:
+        steps = range(fewest, fewest + _FIRST_STEPS)
+        shapes = [(n, lead) for n in steps for lead in (_LEADS if n > 1 else _LEADS[:1])]
+    for growth in _GROWTH:
+        for n, lead in shapes:
+            last = bound_s * growth / (n - 1 + lead)
+            for kinds in families:
+                placed = fit.place((last * lead, *([last] * (n - 1))), Way(kinds=kinds, patience=np.inf))
+                if placed is not None:
+                    return placed
+    return fit.anyhow()
+
+
+def _same_strategy(menu: Menu, kinds: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """`kinds` by their strategy, in the order in which strategies first occur."""
+    strategies = dict.fromkeys(menu.groups[k].strategy for k in kinds)
+    return [tuple(k for k in kinds if menu.groups[k].strategy == strategy) for strategy in strategies]
+
+
+def _ways(menu: Menu, guide: Guide) -> list[Way]:
+    """The kinds that the relaxation uses, those and the next cheapest, and all of each strategy that it uses."""
+    kinds, used = guide.relaxed.kinds, len(guide.relaxed.groups)
+    if len(kinds) == 1:
+        return [Way(kinds=kinds, patience=np.inf)]
+    lead = {menu.groups[k].strategy for k in kinds[:used]}
+    whole = [f for f in _same_strategy(menu, kinds) if menu.groups[f[0]].strategy in lead][:_STRATEGIES]
+    found = [(kinds[:used], np.inf), *((f, np.inf) for f in whole), (kinds[: used + 3], np.inf)]
+    found += [(f, 1.0) for f in whole]
+    return [Way(kinds=family, patience=patience) for family, patience in dict.fromkeys(found)]
+
+
+def _first(fit: BestFit, guide: Guide, target_s: float, late: Callable[[], bool]) -> Placed | None:
+    """What the first way that meets the target makes, micro-steps lasting in the guide's proportion."""
+    limits = tuple(last * target_s / guide.time_s for last in guide.lasts_s)
+    for way in _ways(fit.menu, guide):
+        placed = fit.place(limits, way, late)
+        if placed is not None or late():
             return placed
-        if late():
-            return None
     return None
 
 

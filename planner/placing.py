@@ -1,53 +1,27 @@
-"""Sequences into groups below a target time, and the bound that no placement beats (SYSTEMS.md 4.4).
+"""Sequences into groups below target times by best fit, and groups into micro-batches.
 
-`Table` holds the batch sorted longest first. `place` is best fit: kinds in the order of the device time that they
-cost a sequence; of a kind the open group with the least time left that still has time and room.
-
-Legend: N sequences, K kinds.
+A sequence, longest first, takes its kinds in the order of the device time that they cost it; of a kind the open group
+with the least time left that still has time and room. Of a large batch, short sequences of nearly the same length go
+in bundles: what they cost and hold is the sum of what each does.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from planner.costmodel.keys import Array
+from planner.batch import IntArray, Table, fewest_steps
 from planner.costmodel.sequences import Menu
 
-IntArray = NDArray[np.int64]
 _SCANNED = 12  # open groups of a kind looked at for room
-_HALVINGS = 30
-_MULTIPLIERS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of memory, in units of a call's fixed time
-_SLACK = 1 + 1e-9
-_MORE_STEPS = 2  # micro-steps tried beyond the fewest
-_LEADS = (0.3, 0.5, 0.7, 0.85)
-_PATIENCE = (1.1, math.inf, 1.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A batch, longest first. `seconds_NK`: inf where a kind has no room. `order[i]`: place of i in the batch."""
-
-    order: IntArray
-    tokens_N: IntArray
-    seconds_NK: Array
-    ranks_K: Array
-    fixed_K: Array
-    room_K: Array
-
-    def restricted(self, kinds: tuple[int, ...]) -> Table:
-        """Only `kinds` may be used; their numbers stay."""
-        keep = np.zeros(len(self.ranks_K), bool)
-        keep[list(kinds)] = True
-        return replace(self, seconds_NK=np.where(keep, self.seconds_NK, np.inf))
-
-    def usable(self) -> IntArray:
-        """Kinds that hold some sequence."""
-        return np.flatnonzero(np.isfinite(self.seconds_NK).any(axis=0))
+_MOST_ITEMS = 4096  # from here on short sequences go in bundles:
+_GRAINS = 65_536  # of at most this part of the batch's tokens,
+_ROOM_GRAINS = 16  # and this part of the room of a group that holds one micro-batch
+_CHECKED = 4096  # sequences between looks at the clock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,132 +41,44 @@ class Placed:
     time_s: float
 
 
-def table_of(menu: Menu, lengths: IntArray) -> Table:
-    """The batch under the menu."""
-    order = np.argsort(-lengths, kind="stable")
-    tokens = lengths[order]
-    distinct, where = np.unique(tokens, return_inverse=True)
-    seconds = np.stack([group.sequence_s(distinct)[where] for group in menu.groups], axis=1)
-    room = np.array([group.capacity_tokens for group in menu.groups])
-    return Table(
-        order=order, tokens_N=tokens, seconds_NK=np.where(tokens[:, None] <= room, seconds, np.inf),
-        ranks_K=np.array([float(group.ranks) for group in menu.groups]),
-        fixed_K=np.array([group.fixed_s for group in menu.groups]), room_K=room,
-    )  # fmt: skip
-
-
-# ---- bound
-
-
-def fewest_steps(menu: Menu, table: Table) -> int:
-    """Micro-steps that the batch needs if every rank holds as much as any kind allows."""
-    usable = table.usable()
-    per_rank = float((table.room_K[usable] / table.ranks_K[usable]).max())
-    return max(1, math.ceil(float(table.tokens_N.sum()) / (per_rank * menu.num_ranks) - 1e-9))
-
-
-def bound_s(menu: Menu, table: Table) -> float:
-    """No dispatch of the batch over the kinds takes less; inf if a sequence has no kind.
-
-    In T seconds a sequence can only use kinds in which it alone takes no longer, and the ranks offer N T device
-    seconds. Each micro-batch costs a rank at least `fixed`; a rank holds at most `room` tokens in each, a row that
-    enters with a multiplier (weak duality), so the best of several multipliers stays valid.
-    """
-    usable = table.usable()
-    if not len(usable) or np.isinf(table.seconds_NK.min(axis=1)).any():
-        return math.inf
-    fixed = float(table.fixed_K[usable].min())
-    if not menu.lockstep:
-        return _least_time(menu, table, fixed, 0)
-    fewest = fewest_steps(menu, table)
-    bounds = [_least_time(menu, table, fixed, steps) for steps in range(fewest, fewest + 3)]
-    more = _least_time(menu, table, fixed, fewest + 3, multipliers=(0.0, 1.0))
-    return min(*bounds, more)
-
-
-def _least_time(
-    menu: Menu, table: Table, fixed: float, steps: int, multipliers: tuple[float, ...] = _MULTIPLIERS
-) -> float:
-    """Least T of `steps` micro-steps in lockstep (0: groups on their own), by bisection on `needed(T) <= T`."""
-    alone_NK = table.seconds_NK + table.fixed_K
-    alone_NK = alone_NK + (steps - 1) * fixed if steps else alone_NK * menu.pp
-    device_NK = table.seconds_NK * table.ranks_K
-    hold_NK = table.tokens_N[:, None] * (table.ranks_K / table.room_K)
-    whole = table.ranks_K == menu.num_ranks
-    low = float(alone_NK.min(axis=1).max())
-
-    def needed(limit: float) -> float:
-        mask = alone_NK <= limit * _SLACK
-
-        def least(cost_NK: Array, kinds: NDArray[np.bool_] = mask) -> Array:
-            return np.asarray(np.where(kinds, cost_NK, np.inf).min(axis=1))
-
-        if not steps:
-            full = least(device_NK + table.fixed_K * hold_NK).sum() / menu.num_ranks
-            return max(float(full), pipeline_s(float(least(device_NK).sum()) / menu.num_ranks, fixed, menu.pp))
-        most = 0.0
-        alone = not mask[0, ~whole].any()  # the longest sequence has a micro-step's ranks all to its group
-        joined = least(device_NK, mask & whole) if alone else None
-        for m in multipliers:
-            cost = least(device_NK + m * fixed * hold_NK)
-            most = max(most, float(cost.sum()) / menu.num_ranks + (1 - m) * fixed * steps)
-            if joined is not None:  # others join it, or share the memory of the other micro-steps
-                work = float(joined[0] + np.minimum(cost, joined)[1:].sum())
-                most = max(most, work / menu.num_ranks + fixed * (steps - m * (steps - 1)))
-        return most
-
-    if needed(low) <= low:
-        return low
-    high = max(needed(math.inf), low)
-    while needed(high) > high:
-        high *= 2
-    for _ in range(_HALVINGS):
-        if high < low * (1 + 1e-4):
-            break
-        middle = (low + high) / 2
-        low, high = (low, middle) if needed(middle) <= middle else (middle, high)
-    return low
-
-
-def pipeline_s(work_s: float, fixed_s: float, pp: int) -> float:
-    """Least sum t_j + (pp - 1) max t_j over equal micro-batches of `work_s` in all, each `fixed_s` longer."""
-    if pp == 1:
-        return work_s + fixed_s
-    best = math.sqrt((pp - 1) * work_s / fixed_s) if fixed_s > 0 else math.inf
-    if math.isinf(best):
-        return work_s
-    counts = {max(1, math.floor(best)), math.ceil(best) or 1}
-    return min((work_s + n * fixed_s) * (1 + (pp - 1) / n) for n in counts)
-
-
-# ---- placement
-
-
 class _Open:
-    """Open groups: of each kind, sorted by the seconds they have left; and the free ranks of every micro-step."""
+    """Open groups: of each kind, sorted by the seconds they have left; and the free ranks of every micro-step.
 
-    def __init__(self, num_kinds: int, free: list[int], limits: list[float]) -> None:
-        self.by_kind: list[list[tuple[float, int]]] = [[] for _ in range(num_kinds)]
-        self.free, self.limits = free, limits
+    `room_K`, `more_K`: tokens of a micro-batch, and the seconds of one more; inf where a group has a single one.
+    """
+
+    def __init__(self, room_K: list[float], more_K: list[float], num_ranks: int, limits: tuple[float, ...]) -> None:
+        self.by_kind: list[list[tuple[float, int]]] = [[] for _ in room_K]
+        self.free, self.limits = [num_ranks] * len(limits), limits
+        self.room_K, self.more_K = room_K, more_K
         self.kind: list[int] = []
         self.step: list[int] = []
-        self.room: list[float] = []
+        self.room: list[list[float]] = []  # of every micro-batch, ascending
         self.held: list[list[int]] = []
 
     def fit(self, kind: int, seconds: float, tokens: int) -> int | None:
         """Place in `by_kind[kind]` of the fullest group with time and room."""
         groups = self.by_kind[kind]
         first = bisect_left(groups, (seconds, -1))
+        more = seconds + self.more_K[kind]
         for at in range(first, min(first + _SCANNED, len(groups))):
-            if self.room[groups[at][1]] >= tokens:
+            left, group = groups[at]
+            if self.room[group][-1] >= tokens or left >= more:
                 return at
-        last = len(groups) - 1
-        return last if last >= first + _SCANNED and self.room[groups[last][1]] >= tokens else None
+        if len(groups) > first + _SCANNED:
+            left, group = groups[-1]
+            if self.room[group][-1] >= tokens or left >= more:
+                return len(groups) - 1
+        return None
 
     def add(self, kind: int, at: int, sequence: int, seconds: float, tokens: int) -> None:
         """Give `sequence` to the group at `by_kind[kind][at]`."""
         left, group = self.by_kind[kind].pop(at)
-        self.room[group] -= tokens
+        room = self.room[group]
+        if room[-1] < tokens:
+            room.append(self.room_K[kind])
+            left -= self.more_K[kind]
+        insort(room, room.pop(bisect_left(room, tokens)) - tokens)
         self.held[group].append(sequence)
         insort(self.by_kind[kind], (left - seconds, group))
 
@@ -205,157 +91,157 @@ class _Open:
                 best = key if best is None or key < best else best
         return None if best is None else best[2]
 
-    def open(self, kind: int, ranks: int, step: int, room: float, left: float) -> int:
-        """A new group of `kind`; its place in `by_kind[kind]`."""
+    def open(self, kind: int, ranks: int, step: int, spent_s: float) -> int:
+        """A new group of `kind` that has `spent_s` less than its micro-step; its place in `by_kind[kind]`."""
         group = len(self.kind)
         self.kind.append(kind)
         self.step.append(step)
-        self.room.append(room)
+        self.room.append([self.room_K[kind]])
         self.held.append([])
         self.free[step] -= ranks
-        insort(self.by_kind[kind], (left, group))
-        return bisect_left(self.by_kind[kind], (left, group))
+        entry = (self.limits[step] - spent_s, group)
+        insort(self.by_kind[kind], entry)
+        return bisect_left(self.by_kind[kind], entry)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """How a placement goes about it.
+class Way:
+    """How best fit goes about it: the kinds that it may use, and its patience.
 
-    `kinds`: those it may use. `steps`: micro-steps. `lead_ranks`: the first of them lasts as long as the longest
-    sequence takes on so many ranks; 0: as long as the others, and `lead_frac` of the way from there to all that they
-    can spare. `patience`: while ranks are free, a sequence opens a group of its cheapest kind rather than join one
-    where it costs more than this times as much device time.
+    `patience`: while ranks are free, a sequence opens a group of its cheapest kind rather than join one where it costs
+    more than this times as much device time.
     """
 
     kinds: tuple[int, ...]
-    steps: int
-    lead_ranks: int
-    lead_frac: float
     patience: float
 
 
-def rules(menu: Menu, table: Table) -> list[Rule]:
-    """Rules worth trying, in the order in which they tend to be good: of each strategy alone, and of all."""
-    found: list[tuple[float, int, Rule]] = []
-    for kinds in _families(menu, table):
-        only = table.restricted(kinds)
-        fewest = fewest_steps(menu, only)
-        work = float((only.seconds_NK * only.ranks_K).min(axis=1).sum()) / menu.num_ranks
-        fixed = float(table.fixed_K[list(kinds)].min())
-        ranks = sorted({int(table.ranks_K[k]) for k in np.flatnonzero(np.isfinite(only.seconds_NK[0]))})
-        leads = [(0, 0.0), *((lead, 0.0) for lead in ranks), *((0, frac) for frac in _LEADS)]
-        for p, patience in enumerate(_PATIENCE):
-            for steps in range(fewest, fewest + _MORE_STEPS + 1) if menu.lockstep else (1,):
-                for lead, frac in leads if steps > 1 else leads[:1]:
-                    rule = Rule(kinds=kinds, steps=steps, lead_ranks=lead, lead_frac=frac, patience=patience)
-                    found.append((p + (work + steps * fixed) / (work + fixed), len(found), rule))
-    return [rule for _, _, rule in sorted(found, key=lambda item: item[:2])]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Costs:
+    """What each sequence costs in the kinds that hold it, least device time first, and the sum of the first."""
+
+    kinds: list[list[int]]
+    device_s: list[list[float]]
+    own_s: list[list[float]]
+    opening_s: list[list[float]]
+    least_s: float
 
 
-def _families(menu: Menu, table: Table) -> list[tuple[int, ...]]:
-    """Kinds of one strategy if those hold every sequence, and all kinds."""
-    usable = [int(k) for k in table.usable()]
-    families = [tuple(usable)]
-    for strategy in dict.fromkeys(menu.groups[k].strategy for k in usable):
-        kinds = tuple(k for k in usable if menu.groups[k].strategy == strategy)
-        if kinds not in families and np.isfinite(table.seconds_NK[0, list(kinds)]).any():
-            families.append(kinds)
-    return families
+class BestFit:
+    """Placements of one batch."""
 
+    def __init__(self, menu: Menu, table: Table) -> None:
+        self.menu, self.table = menu, table
+        self.ranks = [int(r) for r in table.ranks_K]
+        self.room = table.room_K.tolist()
+        self.more = [math.inf] * len(self.ranks) if menu.lockstep else table.fixed_K.tolist()
+        self.first_I = _bundles(menu, table)
+        self.tokens = np.add.reduceat(table.tokens_N, self.first_I).tolist()
+        self._costs: dict[tuple[int, ...], _Costs] = {}
 
-def place_somehow(menu: Menu, table: Table) -> Placed | None:
-    """A placement in as many micro-steps as it takes, whatever its time; None if a sequence fits no kind."""
-    target_s = 1e3 * float(np.where(np.isfinite(table.seconds_NK), table.seconds_NK + table.fixed_K, 0.0).sum())
-    for steps in range(fewest_steps(menu, table), len(table.tokens_N) + 1) if menu.lockstep else (1,):
-        for kinds in _families(menu, table):
-            rule = Rule(kinds=kinds, steps=steps, lead_ranks=0, lead_frac=0.0, patience=math.inf)
-            placed = place(menu, table, target_s, rule)
-            if placed is not None:
-                return placed
-    return None
-
-
-def place(menu: Menu, table: Table, target_s: float, rule: Rule) -> Placed | None:
-    """A dispatch of at most `target_s` (under lockstep; else about that), or None if best fit finds none."""
-    table = table.restricted(rule.kinds)
-    limits = _limits(table, target_s, rule)
-    if limits is None:
+    def anyhow(self) -> Placed | None:
+        """A placement in as many micro-steps as it takes, whatever its time; None if a sequence fits no kind."""
+        table, usable = self.table, self.table.usable()
+        held = usable[np.isfinite(table.seconds_NK[0, usable])]
+        longest_s = 1e3 * float(np.where(np.isfinite(table.seconds_NK), table.seconds_NK + table.fixed_K, 0.0).sum())
+        fewest = fewest_steps(self.menu, table)
+        for steps in range(fewest, len(self.tokens) + 1) if self.menu.lockstep else (1,):
+            for kinds in (usable, held):
+                placed = self.place((longest_s,) * steps, Way(kinds=tuple(kinds.tolist()), patience=math.inf))
+                if placed is not None:
+                    return placed
         return None
-    seconds_NK, fixed_K, room_K = table.seconds_NK, table.fixed_K, table.room_K
-    if not menu.lockstep:
-        # Micro-batches follow later: until then they cost by how full they are, and a group holds any number.
-        seconds_NK = seconds_NK + fixed_K * (table.tokens_N[:, None] / table.room_K)
-        fixed_K, room_K = np.zeros_like(fixed_K), np.full_like(room_K, np.inf)
-    # The first sequence of a group is its longest, so its last micro-batch leaves the pipeline no sooner than this.
-    drain_NK = (menu.pp - 1) * np.where(np.isfinite(table.seconds_NK), table.seconds_NK + table.fixed_K, 0.0)
-    state = _Open(len(fixed_K), [menu.num_ranks] * rule.steps, limits)
-    if not _fill(table, limits, rule.patience, seconds_NK, drain_NK + fixed_K, room_K, state):
-        return None
-    return _placed(menu, table, state, rule.steps)
 
+    def place(
+        self, limits_s: tuple[float, ...], way: Way, late: Callable[[], bool] = lambda: False
+    ) -> Placed | None:
+        """Micro-steps of at most `limits_s` each; None if best fit finds no such placement before it is late."""
+        state = _Open(self.room, self.more, self.menu.num_ranks, limits_s)
+        if not self._fill(self._of(way.kinds), way.patience, state, late):
+            return None
+        return self._placed(state, len(limits_s))
 
-def _limits(table: Table, target_s: float, rule: Rule) -> list[float] | None:
-    """Seconds of every micro-step; None if the rule asks for what the target does not leave."""
-    alone = table.seconds_NK[0] + table.fixed_K
-    equal, least = target_s / rule.steps, float(alone.min()) * _SLACK
-    if rule.lead_ranks:
-        least = float(alone[table.ranks_K == rule.lead_ranks].min()) * _SLACK
-    spare = target_s - (rule.steps - 1) * float(table.fixed_K.min()) - equal
-    first = max(equal + rule.lead_frac * max(spare, 0.0), least)
-    if first > target_s or (rule.lead_frac and first == least) or (rule.lead_ranks and least <= equal):
-        return None
-    rest = (target_s - first) / (rule.steps - 1) if rule.steps > 1 else 0.0
-    return [first] + [rest] * (rule.steps - 1)
+    def _of(self, kinds: tuple[int, ...]) -> _Costs:
+        found = self._costs.get(kinds)
+        if found is not None:
+            return found
+        table, columns = self.table, np.array(kinds)
+        seconds, fixed = table.seconds_NK[:, columns], table.fixed_K[columns]
+        # The first sequence of a group is its longest, so its last micro-batch leaves the pipeline no sooner than this.
+        opening = fixed + (self.menu.pp - 1) * np.where(np.isfinite(seconds), seconds + fixed, 0.0)
+        opening, seconds = opening[self.first_I], np.add.reduceat(seconds, self.first_I, axis=0)
+        device = seconds
+        if not self.menu.lockstep:  # a micro-batch costs by how much of it is taken
+            tokens = np.add.reduceat(table.tokens_N, self.first_I)
+            device = seconds + fixed * (tokens[:, None] / table.room_K[columns])
+        device = device * table.ranks_K[columns]
+        order = np.argsort(device, axis=1, kind="stable")
+        device_s, own_s, opening_s = (
+            np.take_along_axis(a, order, axis=1).tolist() for a in (device, seconds, opening)
+        )  # fmt: skip
+        found = self._costs[kinds] = _Costs(
+            kinds=columns[order].tolist(), device_s=device_s, own_s=own_s, opening_s=opening_s,
+            least_s=float(device.min(axis=1).sum()),
+        )  # fmt: skip
+        return found
 
-
-def _fill(
-    table: Table, limits: list[float], patience: float, seconds_NK: Array, opening_NK: Array, room_K: Array,
-    state: _Open,
-) -> bool:  # fmt: skip
-    """Every sequence into `state`, or False at the first that finds no group.
-
-    `opening_NK`: seconds that a group opened by a sequence needs beside those of its sequences.
-    """
-    usable = table.usable()
-    device_NK = (seconds_NK * table.ranks_K)[:, usable]
-    order_NK = np.argsort(device_NK, axis=1, kind="stable")
-    device, kinds = np.take_along_axis(device_NK, order_NK, axis=1).tolist(), usable[order_NK].tolist()
-    ranks, opening, room = [int(r) for r in table.ranks_K], opening_NK.tolist(), room_K.tolist()
-    tokens, seconds = table.tokens_N.tolist(), seconds_NK.tolist()
-    longest = max(limits)
-    for i, (row, cost) in enumerate(zip(kinds, device, strict=True)):
-        chosen: tuple[int, int] | None = None
-        opened: tuple[int, int] | None = None
-        opened_s = math.inf
-        for kind, device_s in zip(row, cost, strict=True):
-            own = seconds[i][kind]
-            if own + opening[i][kind] > longest:
-                continue
-            if device_s > patience * opened_s:
-                break
-            at = state.fit(kind, own, tokens[i])
-            if at is not None:
-                chosen = (kind, at)
-                break
-            if opened is None:
-                step = state.opens(ranks[kind], own + opening[i][kind])
-                if step is not None:
-                    opened, opened_s = (kind, step), device_s
-        if chosen is None:
-            if opened is None:
+    def _fill(self, costs: _Costs, patience: float, state: _Open, late: Callable[[], bool]) -> bool:
+        """Every item into `state`, or False as soon as one finds no group or the ranks have too little time left."""
+        longest = max(state.limits)
+        spare_s = self.menu.num_ranks * sum(state.limits) - costs.least_s  # device time beyond the least
+        rows = zip(costs.kinds, costs.device_s, costs.own_s, costs.opening_s, strict=True)
+        for i, (tokens, row) in enumerate(zip(self.tokens, rows, strict=True)):
+            if i % _CHECKED == _CHECKED - 1 and late():
                 return False
-            kind, step = opened
-            chosen = kind, state.open(kind, ranks[kind], step, room[kind], limits[step] - opening[i][kind])
-        state.add(*chosen, i, seconds[i][chosen[0]], tokens[i])
-    return True
+            chosen: tuple[int, int] | None = None
+            opened: tuple[int, int, float, float, float] | None = None
+            for kind, device_s, own, opening in zip(*row, strict=True):
+                if own + opening > longest:
+                    continue
+                if opened is not None and device_s > patience * opened[2]:
+                    break
+                at = state.fit(kind, own, tokens)
+                if at is not None:
+                    chosen, spent_s, own_s = (kind, at), device_s, own
+                    break
+                if opened is None:
+                    step = state.opens(self.ranks[kind], own + opening)
+                    if step is not None:
+                        opened = kind, step, device_s, own, opening
+            if chosen is None:
+                if opened is None:
+                    return False
+                kind, step, spent_s, own_s, opening = opened
+                chosen = kind, state.open(kind, self.ranks[kind], step, opening)
+                spent_s += self.ranks[kind] * opening
+            spare_s -= spent_s - row[1][0]
+            if spare_s < 0:
+                return False
+            state.add(*chosen, i, own_s, tokens)
+        return True
+
+    def _placed(self, state: _Open, steps: int) -> Placed:
+        rows: list[list[PlacedGroup]] = [[] for _ in range(steps)]
+        ends = np.append(self.first_I[1:], len(self.table.tokens_N))
+        for kind, step, held in zip(state.kind, state.step, state.held, strict=True):
+            if held:
+                sequences = [i for item in held for i in range(int(self.first_I[item]), int(ends[item]))]
+                rows[step].append(_group(self.menu, self.table, kind, sequences))
+        used = tuple(tuple(row) for row in rows if row)
+        return Placed(steps=used, time_s=sum(max(group.time_s for group in row) for row in used))
 
 
-def _placed(menu: Menu, table: Table, state: _Open, steps: int) -> Placed:
-    rows: list[list[PlacedGroup]] = [[] for _ in range(steps)]
-    for kind, step, held in zip(state.kind, state.step, state.held, strict=True):
-        rows[step].append(_group(menu, table, kind, held))
-    used = tuple(tuple(row) for row in rows if row)
-    return Placed(steps=used, time_s=sum(max(group.time_s for group in row) for row in used))
+def _bundles(menu: Menu, table: Table) -> IntArray:
+    """Where items begin: every sequence its own, or, of a large batch, short neighbours together as they are."""
+    tokens = table.tokens_N
+    if len(tokens) <= _MOST_ITEMS:
+        return np.arange(len(tokens))
+    most = float(tokens.sum()) / _GRAINS
+    if menu.lockstep:
+        most = min(most, float(table.room_K.min()) / _ROOM_GRAINS)
+    bundle = np.floor(np.cumsum(np.where(tokens <= most, tokens, 0)) / most)
+    own = tokens > most
+    return np.flatnonzero(own | (np.diff(bundle, prepend=-1.0) != 0) | np.append(True, own[:-1]))
 
 
 def _group(menu: Menu, table: Table, kind: int, held: list[int]) -> PlacedGroup:
@@ -364,6 +250,10 @@ def _group(menu: Menu, table: Table, kind: int, held: list[int]) -> PlacedGroup:
     if menu.lockstep:
         return PlacedGroup(kind=kind, parts=(tuple(held),), time_s=float(own.sum()) + fixed)
     tokens, room = table.tokens_N[held], float(table.room_K[kind])
+    if menu.pp == 1:
+        parts = _fewest_parts(tokens.tolist(), room)
+        time_s = float(own.sum()) + fixed * len(parts)
+        return PlacedGroup(kind=kind, parts=tuple(tuple(held[i] for i in part) for part in parts), time_s=time_s)
     fewest = max(1, math.ceil(float(tokens.sum()) / room - 1e-9))
     best: PlacedGroup | None = None
     for count in _part_counts(fewest, len(held), menu.pp):
@@ -378,12 +268,26 @@ def _group(menu: Menu, table: Table, kind: int, held: list[int]) -> PlacedGroup:
     return best
 
 
+def _fewest_parts(tokens: list[int], room: float) -> list[list[int]]:
+    """Best fit, longest first: about as few micro-batches as can be, which is all that counts without a pipeline."""
+    parts: list[list[int]] = []
+    left: list[tuple[float, int]] = []
+    for i in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
+        at = bisect_left(left, (tokens[i], -1))
+        if at == len(left):
+            left.append((room, len(parts)))
+            parts.append([])
+        spare, part = left.pop(at)
+        parts[part].append(i)
+        insort(left, (spare - tokens[i], part))
+    return parts
+
+
 def _part_counts(fewest: int, most: int, pp: int) -> list[int]:
-    """Numbers of micro-batches to try: the fewest, more for pipelines, and in the end one per sequence."""
-    tries = [fewest, fewest + 1, fewest + 2]
-    if pp > 1:
-        tries += [math.ceil(fewest * f) for f in (1.5, 2, 3, 4, 6, 8, 12, 16)] + [pp, 2 * pp, 4 * pp, 8 * pp]
-    return sorted({min(t, most) for t in tries if t >= min(fewest, most)} | {most})[: 40 if pp > 1 else 4]
+    """Numbers of micro-batches to try in a pipeline: from the fewest on, and in the end one per sequence."""
+    tries = [fewest, fewest + 1, fewest + 2, *(math.ceil(fewest * f) for f in (1.5, 2, 3, 4, 6, 8, 12, 16))]
+    tries += [pp, 2 * pp, 4 * pp, 8 * pp]
+    return sorted({min(t, most) for t in tries if t >= min(fewest, most)} | {most})
 
 
 def _pack(seconds: list[float], tokens: list[int], room: float, count: int) -> list[list[int]] | None:

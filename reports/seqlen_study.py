@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from planner.batch import IntArray, Table
 from planner.bucketed import shapes_of
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import machine_for, model_facts
@@ -23,7 +24,6 @@ from planner.costmodel.sequences import DataShape, Menu, core, menu, without_dom
 from planner.dispatch import Dispatch, DoesNotFit, dispatch, placed_dispatch, static_dispatch
 from planner.distributions import named
 from planner.lengths import Lengths
-from planner.placing import IntArray, Table
 from planner.reports.shapes import Shape, build_graph
 from planner.space import Limits
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from planner.batch import IntArray
 from planner.commands import arguments
 from planner.dispatch import Dispatch, DoesNotFit, Group, dispatch, static_dispatch
 from planner.errors import OK, InfeasibleError, UserError
 from planner.files import read_plan
 from planner.menus import Dispatching, dispatching_of, drift, sequences_of
-from planner.placing import IntArray
 from planner.read_lengths import read_batch
 from planner.render import Grid, Report, seconds
 

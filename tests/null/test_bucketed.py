@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from planner.batch import table_of
+from planner.batch_bounds import bound_s
 from planner.bucketed import LengthOptions, LengthResult, NothingHolds, search_lengths, shapes_of
 from planner.build import Job
 from planner.check import check_plan, problems
@@ -23,7 +25,6 @@ from planner.costmodel.presets import load_cluster
 from planner.distributions import named
 from planner.errors import InfeasibleError, PlanFileError, UserError
 from planner.menus import dispatching_of, drift
-from planner.placing import bound_s, table_of
 from planner.plan import Plan, decode_plan, encode_plan
 from planner.reports.shapes import Shape, build_graph
 from planner.space import Limits

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.batch import table_of
+from planner.batch_bounds import bound_s
+from planner.branching import tight_bound_s
 from planner.costmodel.sequences import GroupCost, Menu, length_grid
 from planner.costmodel.strategy import LayerStrategy
 from planner.dispatch import Dispatch, DoesNotFit, dispatch, static_dispatch, token_weights
 from planner.distributions import named
-from planner.placing import bound_s, table_of
 
 # Published constants of FlexSP's solver for GPT-7B (SYSTEMS.md 3.11): ms, MB a token, GB/s of an all-to-all.
 A1_MS, A2_MS, BETA_MS, ACT_MB, LAYERS, HIDDEN, PARAMS, GPU_GB = 5.128e-6, 0.18396, 629.0, 4.48, 32, 4096, 6.7e9, 30
@@ -188,6 +191,40 @@ def test_groups_on_their_own_against_brute_force(seed: int, pp: int) -> None:
     check(menu, lengths, found)
     assert found.lower_bound_s <= optimum * (1 + 1e-9) <= found.step_s * (1 + 1e-8)
     assert found.step_s <= 1.3 * optimum
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_relaxations_are_below_brute_force(seed: int, lockstep: bool) -> None:
+    rng = np.random.default_rng(100 + seed)
+    lengths = rng.integers(1, 200, 5)
+    menu = toy_menu(4, room=float(rng.uniform(60, 120)), fixed=float(rng.uniform(0, 20)), lockstep=lockstep)
+    table = table_of(menu, lengths)
+    optimum = (best_lockstep_s if lockstep else best_apart_s)(menu, lengths)
+    for upper in (optimum, 1.2 * optimum, 3 * optimum):
+        assert 0 < tight_bound_s(menu, table, upper, 40) <= optimum * (1 + 1e-9)
+
+
+def test_relaxations_raise_the_bound_where_memory_and_fixed_costs_differ() -> None:
+    menu, lengths = flexsp_menu(64), named("github").cut(196_608).sample(512, 3)
+    table = table_of(menu, lengths)
+    found = dispatch(menu, lengths, gap_frac=0.0, time_limit_s=1.0)
+    upper = found.step_s - menu.step_s
+    assert bound_s(menu, table) * (1 - 1e-3) <= tight_bound_s(menu, table, upper, 20) <= upper
+
+
+def test_large_batches_go_in_bundles_and_keep_their_lengths() -> None:
+    for lockstep in (True, False):
+        menu, lengths = replace(flexsp_menu(1024), lockstep=lockstep), named("wikipedia").cut(65_536).sample(6000, 5)
+        found = dispatch(menu, lengths, gap_frac=0.1, time_limit_s=30.0)
+        check(menu, lengths, found)
+
+
+def test_the_time_limit_is_asked_often_enough() -> None:
+    ticks = iter(range(1_000_000))
+    menu, lengths = flexsp_menu(64), named("github").cut(196_608).sample(512, 4)
+    found = dispatch(menu, lengths, gap_frac=0.0, time_limit_s=20.0, clock=lambda: float(next(ticks)))
+    assert found.search_s <= 26.0  # a look at the clock before every placement and every relaxation
 
 
 def test_bound_is_met_where_work_divides_evenly() -> None:

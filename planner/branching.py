@@ -1,0 +1,170 @@
+"""Branch and bound over how many micro-steps a dispatch has and how long the longest of them lasts.
+
+A node is a number of micro-steps and an interval for the longest; relaxation.relax gives its bound, and how the
+sequences would share the kinds, which best fit follows (SYSTEMS.md 4.4). An interval that is still below the incumbent
+is cut where the relaxed longest micro-step ends. Groups on their own have a single node. Any moment gives a valid
+bound: the least of all nodes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+
+from planner.batch import Table, fewest_steps, points_of
+from planner.batch_bounds import steps_bound_s
+from planner.costmodel.sequences import Menu
+from planner.relaxation import Count, Relaxed, Span, relax
+
+_NARROW = 0.01  # of the incumbent: intervals below it are not cut
+_ROOTS = 3  # numbers of micro-steps that are all looked at before any is cut
+_MOST_COUNTED = 16  # groups side by side that are so wide that their number is branched on
+_WHOLE, _MANY = 0.02, 1 << 20
+_BETTER = 0.993  # an incumbent that much shorter makes it worth relaxing again what is not cut
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class _Node:
+    """`at_least`: this many micro-steps or more, about which only the quick bound is known."""
+
+    bound_s: float
+    number: int
+    steps: int
+    low_s: float
+    high_s: float
+    at_least: bool = False
+    counts: tuple[Count, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """A relaxed dispatch of `steps` micro-steps: seconds of each, and which kinds it uses."""
+
+    lasts_s: tuple[float, ...]
+    relaxed: Relaxed
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of all micro-steps."""
+        return sum(self.lasts_s)
+
+
+class Tree:
+    """The open nodes; `expand` one at a time."""
+
+    def __init__(self, menu: Menu, table: Table) -> None:
+        self.menu, self.table, self.points = menu, table, points_of(table)
+        self.fixed_s = float(table.fixed_K[table.usable()].min()) if len(table.usable()) else 0.0
+        self.number = itertools.count()
+        self._open: list[_Node] = []
+        self._closed: dict[_Node, float] = {}  # not to be cut, and the incumbent that they were relaxed under
+        fewest = fewest_steps(menu, table) if len(table.usable()) else 1
+        self.first_steps = fewest + _ROOTS
+        if menu.lockstep:
+            bound = steps_bound_s(menu, table, self.points, fewest, at_least=True)
+            self._push(bound, fewest, 0.0, math.inf, at_least=True)
+        else:
+            self._push(steps_bound_s(menu, table, self.points, 1), 1, 0.0, math.inf)
+
+    def _push(
+        self, bound_s: float, steps: int, low_s: float, high_s: float, *, at_least: bool = False,
+        counts: tuple[Count, ...] = (),
+    ) -> None:  # fmt: skip
+        node = _Node(
+            bound_s=bound_s, number=next(self.number), steps=steps, low_s=low_s, high_s=high_s, at_least=at_least,
+            counts=counts,
+        )  # fmt: skip
+        heapq.heappush(self._open, node)
+
+    @property
+    def bound_s(self) -> float:
+        """No dispatch is shorter; inf if none is possible."""
+        return min([node.bound_s for node in (*self._open[:1], *self._closed)], default=math.inf)
+
+    def expand(self, upper_s: float) -> Guide | None:
+        """Relax the node with the least bound and cut it; None if no node can raise the bound any more.
+
+        `upper_s`: the shortest dispatch that is known.
+        """
+        for node in [n for n, seen_s in self._closed.items() if upper_s < _BETTER * seen_s]:
+            del self._closed[node]
+            heapq.heappush(self._open, node)
+        while self._open and self._open[0].bound_s < upper_s:
+            node = self._next(upper_s)
+            if node.at_least:
+                self._count(node)
+                continue
+            guide = self._relaxed(node, upper_s)
+            if guide is not None:
+                return guide
+        return None
+
+    def _next(self, upper_s: float) -> _Node:
+        """The fewest numbers of micro-steps first, once each, then the node with the least bound."""
+        roots = [n for n in self._open if n.high_s == math.inf and n.bound_s < upper_s and n.steps < self.first_steps]
+        if not roots:
+            return heapq.heappop(self._open)
+        node = min(roots, key=lambda node: (node.steps, node.at_least))
+        self._open.remove(node)
+        heapq.heapify(self._open)
+        return node
+
+    def _count(self, node: _Node) -> None:
+        """Split "so many micro-steps or more" into so many, and more."""
+        self._push(node.bound_s, node.steps, 0.0, math.inf)
+        if node.steps < len(self.table.tokens_N):
+            more = steps_bound_s(self.menu, self.table, self.points, node.steps + 1, at_least=True)
+            self._push(max(node.bound_s, more), node.steps + 1, 0.0, math.inf, at_least=True)
+
+    def _relaxed(self, node: _Node, upper_s: float) -> Guide | None:
+        """Relax; the node's parts are open or closed again. None if it has no dispatch shorter than `upper_s`."""
+        others = node.steps - 1
+        low = max(node.low_s, node.bound_s / node.steps)
+        high = min(node.high_s, upper_s - others * self.fixed_s)
+        if high < low:
+            return None
+        spans = [Span(low_s=low, high_s=high, count=1)]
+        if others:
+            rest = min(high, upper_s - low - (others - 1) * self.fixed_s)
+            spans.append(Span(low_s=min(self.fixed_s, rest), high_s=rest, count=others))
+        relaxed = relax(self.menu, self.table, self.points, tuple(spans), upper_s, node.counts)
+        if relaxed is None:
+            self._closed[node] = upper_s
+        if relaxed is None or relaxed.bound_s == math.inf:
+            return None
+        bound = max(node.bound_s, relaxed.bound_s)
+        first = relaxed.last_s[0]
+        cut = min(max(first, low + 0.2 * (high - low)), high - 0.2 * (high - low))
+        if others and high - low > _NARROW * upper_s and bound < upper_s:
+            self._push(bound, node.steps, low, cut, counts=node.counts)
+            self._push(bound, node.steps, cut, high, counts=node.counts)
+        elif bound >= upper_s or not self._counted(replace(node, bound_s=bound, low_s=low, high_s=high), relaxed):
+            self._closed[replace(node, bound_s=bound, low_s=low, high_s=high)] = upper_s
+        return Guide(lasts_s=(first, *(relaxed.last_s[1:] * others)), relaxed=relaxed)
+
+    def _counted(self, node: _Node, relaxed: Relaxed) -> bool:
+        """Branch on how many groups are so wide or wider, for the widest where that is no whole number."""
+        ranks = {k: self.menu.groups[k].ranks for k in relaxed.groups}
+        for wide in sorted(set(ranks.values()), reverse=True):
+            if wide * _MOST_COUNTED < self.menu.num_ranks:
+                return False
+            count = sum(n for k, n in relaxed.groups.items() if ranks[k] >= wide)
+            if abs(count - round(count)) < _WHOLE:
+                continue
+            old = next((c for c in node.counts if c.ranks == wide), Count(ranks=wide, least=0, most=_MANY))
+            others = tuple(c for c in node.counts if c.ranks != wide)
+            for new in (replace(old, most=math.floor(count)), replace(old, least=math.ceil(count))):
+                self._push(node.bound_s, node.steps, node.low_s, node.high_s, counts=(*others, new))
+            return True
+        return False
+
+
+def tight_bound_s(menu: Menu, table: Table, upper_s: float, num_programs: int) -> float:
+    """The bound after at most `num_programs` relaxations; `upper_s` if nothing shorter exists."""
+    tree = Tree(menu, table)
+    for _ in range(num_programs):
+        if tree.expand(upper_s) is None:
+            break
+    return min(tree.bound_s, upper_s)
