@@ -63,7 +63,8 @@ class LayerFacts:
     `last_sum_bytes`: the last of `row_bytes`, if backward needs nothing that follows its sum, else 0.
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
     GEMMs and the embedding put out. `loss_bytes`: log-probabilities, or with a fused loss logits,
-    kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them. `head`: the product
+    kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them; `loss_rows`: rows of
+    logits over the vocabulary. `head`: the product
     that the chunked loss would take over, with `loss_saved` of what is saved gone. `traced`: of the layer as it was
     traced and as a profile measures it, where kernels of the engine's stand in for some of its ops.
     """
@@ -85,6 +86,7 @@ class LayerFacts:
     dropped_bytes: float
     loss_bytes: float
     loss_work_bytes: float
+    loss_rows: float
     head: Op | None
     loss_saved: LayoutBytes
     launches: int
@@ -271,6 +273,9 @@ def _facts(layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec) -> La
         dropped_bytes=vocab_rows + sum(rows) if engine.dropout else 0.0,
         loss_bytes=loss,
         loss_work_bytes=work,
+        loss_rows=float(
+            sum(op.gemm.m for op in layer.ops if lost and op.cut is TpCut.VOCAB and op.gemm is not None)
+        ),
         head=head,
         loss_saved=_sum_layouts(layer, lost & saved),
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),

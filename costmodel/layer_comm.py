@@ -9,6 +9,8 @@ from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import Attention
 from planner.costmodel.keys import Array, Keys, Machine
 
+LOSS_STATS_BYTES = 12.0  # of a row of logits and rank: three float32
+
 
 def exposed(comm_s: Array, compute_s: Array, overlap: float) -> Array:
     """What is left of `comm_s` when a fraction `overlap` of the possible hiding really happens."""
@@ -64,6 +66,10 @@ def tensor_parallel_s(
         fwd = fwd + gather
         bwd = bwd + np.where(shared, reduce_s(facts.vocab_gathered_bytes, keys, machine) + redo_gather * gather, gather)
     engine = machine.engine
+    if facts.loss_rows and engine.kernels:  # kernels/loss.py: maximum, sum and the target's logit of every rank's part
+        stats = LOSS_STATS_BYTES * facts.loss_rows * keys.tokens * keys.tp
+        gather = comm.all_gather_s(machine.cluster, machine.domains, stats, np.ones_like(keys.tp), keys.tp)
+        fwd = fwd + np.where(shared, gather, 0.0)
     beside = exposed(beside, backward_s, max(engine.overlap_tp_column, engine.overlap_tp))
     return exposed(fwd, forward_s, engine.overlap_tp), exposed(bwd, backward_s, engine.overlap_tp) + beside
 

@@ -22,7 +22,10 @@ Legend: D distinct lengths, C classes of them, K kinds, P pairs of a kind and a 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,6 +254,20 @@ def _matrix(p: _Program) -> tuple[Array, Array, Array, int]:
     return rows[kept], columns[kept], values[kept], row + len(p.counts)
 
 
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Nothing to standard output, by whatever language: an answer in JSON may be all that is wanted there."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def _run(p: _Program) -> Any | None:
     """The solver with the solution, or None if it does not say that it has one."""
     import highspy
@@ -277,12 +294,13 @@ def _run(p: _Program) -> Any | None:
     lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=num_columns))])
     lp.a_matrix_.index_, lp.a_matrix_.value_ = rows[order], values[order]
     solver = untyped.Highs()
-    solver.silent()
+    solver.silent()  # but for a greeting, which _mute keeps off standard output
     # Primal simplex without presolve: on these programs twice as fast as the defaults.
     for option, value in (("threads", 1), ("presolve", "off"), ("simplex_strategy", 4)):
         solver.setOptionValue(option, value)
-    solver.passModel(lp)
-    solver.run()
+    with _mute():
+        solver.passModel(lp)
+        solver.run()
     return solver if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal else None
 
 

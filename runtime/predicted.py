@@ -11,7 +11,7 @@ from planner.costmodel.expert_facts import beside_experts, is_cut
 from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import LayerClass, OpKind, TensorLayout, TpCut
 from planner.costmodel.keys import Keys, Machine
-from planner.costmodel.layer_comm import attention_bytes
+from planner.costmodel.layer_comm import LOSS_STATS_BYTES, attention_bytes
 from planner.costmodel.price import LayerPrice
 from planner.costmodel.strategy import RECOMPUTE_KINDS, LayerStrategy, PlanSpec
 from planner.plan import Plan
@@ -91,6 +91,8 @@ def _layer_bytes(
         sent["reduce_scatter"] += scale * (rows + redone_rows + columns)
     else:
         sent["all_reduce"] += scale * (rows + redone_rows + columns)
+    if spec.vocab_parallel:
+        sent["all_gather"] += scale * LOSS_STATS_BYTES * facts.loss_rows * spec.tp
     return sent
 
 
@@ -204,11 +206,8 @@ def _zero_bytes(sent: dict[str, float], dense: float, routed: float, plan: Plan)
 
 
 def _unpriced(sent: dict[str, float], layers: list[LayerClass], last: bool, shard: int, plan: Plan) -> None:
-    """Small messages of the runtime that the cost model leaves out: the loss's row sums, gradients of norms."""
+    """Small messages of the runtime that the cost model leaves out: gradients of norms and routers."""
     spec, graph, m = plan.decisions, plan.inputs.graph, plan.decisions.num_microbatches
-    tokens = spec.micro_batch_size * graph.traced_seq_len / spec.cp
-    if last and spec.vocab_parallel:
-        sent["all_gather"] += m * tokens * 3 * _LOSS_BYTES * spec.tp
     if not spec.sequence_parallel:
         routers = sum(map(_router_params, layers)) if spec.tp > 1 else 0
         sent["all_reduce"] += routers / shard * plan.inputs.engine.grad_bytes
@@ -249,7 +248,7 @@ def _notes(plan: Plan) -> tuple[str, ...]:
     spec = plan.decisions
     found = []
     if spec.vocab_parallel:
-        found.append("all_gather includes 3 numbers a token and rank for the loss, which the cost model does not price")
+        found.append("all_gather includes 3 numbers a token and rank for the loss")
     if spec.cp > 1 and any(x.recompute != "full" for x in spec.layers):
         found.append("context parallelism keeps attention's output before and after it is exchanged or laid out anew")
     if spec.ep > 1:
