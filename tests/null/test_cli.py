@@ -371,17 +371,22 @@ def test_interrupt_keeps_the_best(capsys: pytest.CaptureFixture[str], monkeypatc
     assert read_plan(Path("plan.json")).predicted.step_s == found["step_s"]
 
 
-def test_ctrl_c_at_any_moment(tmp_path: Path) -> None:
+def test_ctrl_c_at_any_moment(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A real SIGINT after ever longer: a plan with exit code 0, or one line and 130; never a traceback or a rest."""
+    up = tmp_path_factory.mktemp("up") / "up"  # there when the interpreter has started and ours begins
     shape = plans.replace(plans.SHAPE, num_layers=96, hidden=12_288, heads=96, kv_heads=96, ffn=49_152)
     (tmp_path / "big.json").write_bytes(encode_graph(plans.build_graph(shape)))
     args = ["search", "big.json", "--gpus", "1024", "--global-batch", "1536", "--gap", "0", "--format", "json"]
-    command = [sys.executable, "-c", "import sys; from planner.cli import entry; sys.exit(entry())", *args, "--quiet"]
+    code = f"import sys; open({str(up)!r}, 'w').close(); from planner.cli import entry; sys.exit(entry())"
+    command = [sys.executable, "-c", code, *args, "--quiet"]
     codes: list[int] = []
     delay_s = 0.1
     while delay_s < 30 and codes.count(0) < 2:
         delay_s *= 1.4
         child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not up.exists() and child.poll() is None:
+            time.sleep(0.01)
+        up.unlink()
         time.sleep(delay_s)
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=60)
@@ -390,7 +395,7 @@ def test_ctrl_c_at_any_moment(tmp_path: Path) -> None:
             assert json.loads(out)["stop_reason"] in ("interrupted", "exhausted", "gap") and err == ""
             assert read_plan(tmp_path / "plan.json")
             (tmp_path / "plan.json").unlink()
-        elif child.returncode != -signal.SIGINT:  # else the interpreter itself was not up yet
+        elif child.returncode != -signal.SIGINT:  # else the import of ours was not done yet
             assert child.returncode == 130 and out == ""
             assert err == "planner: interrupted; nothing was written\n"
         assert sorted(os.listdir(tmp_path)) == ["big.json", "given.json", "graph.json"]
