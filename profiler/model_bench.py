@@ -20,7 +20,8 @@ from planner.profiler.cases import EPILOGUE, PROLOGUE, Case
 from planner.profiler.run import Subject
 from planner.profiler.timing import Clock, Job, Work
 
-_CPU_COPIES = 4  # of a layer, one after the other: a model finds the caches of a CPU full of its other layers
+# A model finds the caches of a CPU full of its other layers: small ones run as several copies, one after the other.
+_COPIES, _CACHE_BYTES = 4, 4e6
 
 
 class Bench:
@@ -38,9 +39,14 @@ class Bench:
             return _end(subject, self._layer_paths(subject), case.path, backward, self._device)
         layer = subject.model.get_submodule(case.path)
         args, kwargs = _inputs(subject, case.path, layer)
-        count = _CPU_COPIES if self._device.type == "cpu" else 1
-        made = [_materialised(layer, self._device) for _ in range(count)]
-        return _layers(made, _real(args, self._device), _real(kwargs, self._device), backward)
+        made = [_materialised(layer, self._device)]
+        real = _real(args, self._device), _real(kwargs, self._device)
+        job = _layers(made, *real, backward)
+        held_bytes = job.saved_bytes + sum(p.nbytes for p in layer.parameters())
+        if self._device.type == "cpu" and held_bytes < _CACHE_BYTES:
+            made += [_materialised(layer, self._device) for _ in range(_COPIES - 1)]
+            job = _layers(made, *real, backward)
+        return job
 
     def _subject(self, micro_batch_size: int) -> Subject:
         if micro_batch_size not in self._subjects:
