@@ -7,6 +7,7 @@ collectives of next to no bytes. All of one micro-batch that reduces no gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,27 +46,32 @@ def plan_spec(variant: str, world: int) -> PlanSpec:
     )  # fmt: skip
 
 
-def make_runtime(case: Case, device: torch.device, world: int) -> Job:
-    """The job of a variant, forward or backward."""
+@cache
+def _forward(variant: str, device: torch.device, world: int) -> Callable[[], torch.Tensor]:
+    """The loss of one micro-batch of the model under a variant."""
     from planner.runtime.apply import parallelize
     from planner.runtime.parallel import next_token_loss
     from planner.runtime.zero import before_backward
 
-    variant, _, way = case.name.partition("/")
     torch.manual_seed(0)
     model = reference.Reference()
     tokens = torch.zeros((1, reference.SEQ_LEN), dtype=torch.int64, device=device)
     if variant == "plain":
         model.to(device)
+        return lambda: next_token_loss(model(tokens), tokens)
+    parallel = parallelize(model, plan_spec(variant, world), reference_graph(), device=device)
 
-        def forward() -> torch.Tensor:
-            return next_token_loss(model(tokens), tokens)
-    else:
-        parallel = parallelize(model, plan_spec(variant, world), reference_graph(), device=device)
+    def forward() -> torch.Tensor:
+        before_backward(model, parallel.spec, last=False)
+        return parallel.run(0, None, tokens, tokens)
 
-        def forward() -> torch.Tensor:
-            before_backward(model, parallel.spec, last=False)
-            return parallel.run(0, None, tokens, tokens)
+    return forward
+
+
+def make_runtime(case: Case, device: torch.device, world: int) -> Job:
+    """The job of a variant, forward or backward."""
+    variant, _, way = case.name.partition("/")
+    forward = _forward(variant, device, world)
 
     def prepare() -> Work:
         return forward().backward
