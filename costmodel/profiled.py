@@ -118,11 +118,24 @@ def fit_engine(engine: EngineSpec, profile: Profile, cluster: ClusterSpec, num_g
         engine = replace(engine, **blocking)
     elif launch:
         changes["host_launch_s"] = float(np.median(launch))
-    changes |= _host(samples)
+    changes |= _host(samples) or _host_of_others(profile, cluster, world)
     hidden = hidden_frac(samples)
     if hidden is not None:
         changes |= {name: min(getattr(engine, name), hidden) for name in _OVERLAPS}
     return replace(engine, **changes)
+
+
+def _host_of_others(profile: Profile, cluster: ClusterSpec, world: int) -> dict[str, Any]:
+    """Host times as the nearest other number of ranks has them; ranks that share a CPU's cores take turns on them."""
+    shared = cluster.device.name == "cpu"
+    ranks = {one.ranks for one in profile.conditions if describes(one, cluster)} - {world}
+    for other in sorted(ranks, key=lambda r: abs(np.log(r / world))):
+        found = _host([s for s in profile.samples if profile.where(s).ranks == other])
+        scale = world / other if shared else 1.0
+        if found:
+            cut = {option: tuple(scale * s for s in both) for option, both in found["host_cut_s"].items()}
+            return {"host_shard_s": tuple(scale * s for s in found["host_shard_s"]), "host_cut_s": cut}
+    return {}
 
 
 # Collectives in a layer's forward, and as many in its backward, by the option that cuts it (costmodel.layer_comm).

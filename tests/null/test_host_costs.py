@@ -54,6 +54,10 @@ def test_host_times_are_what_is_left_beside_kernels_and_collectives() -> None:
     # Ulysses: 4 exchanges, and context ranks are data ranks to FSDP2
     assert engine.host_cut_s["cp"] == pytest.approx(((52e-3 / 8 - 4.5e-3) / 15, (42e-3 / 8 - 4.25e-3) / 15))
     assert engine.overlap_zero3 == engine.overlap_grad_reduce == engine.overlap_param_gather == 0.0
+    eight = replace(profile(), conditions=(*profile().conditions, replace(CPU, ranks=8)))
+    assert fit_engine(get_engine("planner"), eight, load_cluster("cpu-gloo"), 8).host_shard_s == pytest.approx(
+        tuple(4 * s for s in engine.host_shard_s)  # not measured with 8 ranks, which take turns
+    )
     none = make_profile("1", (CPU,), tuple(s for s in profile().samples if s.kind != "runtime"))
     assert fit_engine(get_engine("planner"), none, load_cluster("cpu-gloo"), 2).host_cut_s == {}
 
