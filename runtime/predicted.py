@@ -253,6 +253,10 @@ def _notes(plan: Plan) -> tuple[str, ...]:
         found.append("context parallelism keeps attention's output before and after it is exchanged or laid out anew")
     if spec.ep > 1:
         found.append("expert parallelism: routing taken as balanced; all_to_all includes the rows of each expert")
+    routed = [group for layer in plan.inputs.graph.classes for group in layer.params if group.routed]
+    if any(part.isdecimal() for group in routed for name in group.names for part in name.split(".")):
+        found.append("experts in a list: what their block's own code keeps around them is not traced (index_add_ keeps "
+                     "the rows that it adds)")  # fmt: skip
     if spec.tp > 1 and any(is_cut(layer) or _shared_bytes(layer) for layer in plan.inputs.graph.classes):
         found.append("messages over tp include a router's weights and choice, or its gradient, and what attention "
                      "heads share, which is not priced")  # fmt: skip

@@ -1,7 +1,7 @@
 """What a dry run sees: every message with its bytes, what a forward pass keeps for backward, on tensors without values.
 
-Two things of a GPU are put in the place of what a CPU would do: RMSNorm as one kernel, and a router's choice of
-experts as balanced, since there are no values to choose by.
+Three things of a GPU are put in the place of what a CPU would do: RMSNorm as one kernel, attention with narrow values
+by a fused one, and a router's choice of experts as balanced, since there are no values to choose by.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -142,6 +143,25 @@ def _rms_norm(x: torch.Tensor, shape: Any, weight: Any = None, eps: Any = None) 
     return out
 
 
+_sdpa = F.scaled_dot_product_attention
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Attention whose values are narrower than its keys (latent attention) by the GPU's kernel for it.
+
+    A CPU has none and would keep every score.
+    """
+    plain = isinstance(q, FakeTensor) and isinstance(v, FakeTensor) and q.shape[1] == k.shape[1]
+    if not plain or attn_mask is not None or q.shape[-1] == v.shape[-1]:
+        return _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    out: torch.Tensor = kernel(q, k, v, None, True, dropout_p, is_causal, scale=scale)[0]
+    return out
+
+
 class _Chunks:
     """`tensor` cut into `num` along `dim`, each part made when it is asked for (FSDP asks for its own of hundreds)."""
 
@@ -157,5 +177,9 @@ class _Chunks:
 @contextmanager
 def on_gpu_terms() -> Iterator[None]:
     """Inside, kernels that a CPU would take apart are one op, and FSDP makes only the shards that it keeps."""
-    with mock.patch.object(torch, "rms_norm", _rms_norm), mock.patch.object(_fsdp_param, "_chunk_with_empty", _Chunks):
+    with (
+        mock.patch.object(torch, "rms_norm", _rms_norm),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
+    ):
         yield

@@ -87,6 +87,29 @@ def test_a_mixtral_under_ep_and_tp_is_as_predicted(tmp_path: Path) -> None:
     assert dry_run(plan_of("", decisions, graph), 8, str(path))
 
 
+LATENT = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("example", {example!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+vars(module).update(VOCAB_SIZE=256, HIDDEN=256, HEADS=8, Q_RANK=64, KV_RANK=64, DENSE_FFN=512, DENSE_LAYERS=4)
+
+
+def build_model():
+    return module.DeepSeekV3(layers=4)
+"""
+
+
+def test_latent_attention_keeps_no_scores(tmp_path: Path) -> None:
+    """Values narrower than keys: a GPU has a fused kernel for them, a CPU would keep every score."""
+    from planner.runtime.dry_run import dry_run
+
+    source = tmp_path / "latent.py"
+    source.write_text(LATENT.format(example=str(MODEL.parents[3] / "examples/deepseek_v3.py")))
+    plan = plan_of("", spec(dp_shard=2, zero_stage=1), trace_model(str(source), seq_len=512))
+    assert dry_run(plan, 2, str(source))
+
+
 def test_wrong_number_of_ranks_is_one_line() -> None:
     """--ranks must be the plan's."""
     from planner.runtime.dry_run import dry_run
