@@ -254,7 +254,7 @@ def _dropout(facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
 
 def _saved(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array, Array]:
     """Activation bytes kept for backward under recompute none, selective, full."""
-    none, selective, full = (_layout_bytes(part, keys, machine) for part in facts.saved)
+    none, selective, full = (_layout_bytes(part, facts, keys, machine) for part in facts.saved)
     masks = facts.dropped_bytes / machine.dtype_bytes * keys.tokens / keys.outer
     none, selective = none + masks, selective + masks
     if machine.engine.attention == "unfused":
@@ -292,7 +292,7 @@ def _loss_memory(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[tuple
     float32 while it is summed (with the last product in 16 bits, less what is kept in them), or scaled in backward.
     """
     saved = _saved(facts, keys, machine)
-    loss, work = (x * keys.tokens / keys.vocab_tp for x in (facts.loss_bytes, facts.loss_work_bytes))
+    loss, work = (x * keys.tokens / _logits_div(keys, machine) for x in (facts.loss_bytes, facts.loss_work_bytes))
     if facts.head is None or not keys.chunked_loss.any():
         return saved, loss, work
     _, m, n, k = rank_gemm(facts.head, keys)
@@ -300,14 +300,21 @@ def _loss_memory(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[tuple
     kept = width * n * k
     logits = 2 * width * np.minimum(m, CHUNK_ROWS) * n
     beside = width * m * k + (4 * n * k + logits if width < 4 else np.maximum(width * n * k, logits))
-    none = np.where(chunked, saved[0] - _layout_bytes(facts.loss_saved, keys, machine) + kept, saved[0])
+    none = np.where(chunked, saved[0] - _layout_bytes(facts.loss_saved, facts, keys, machine) + kept, saved[0])
     return (none, *saved[1:]), np.where(chunked, kept, loss), np.where(chunked, beside, work)
 
 
-def _layout_bytes(part: LayoutBytes, keys: Keys, machine: Machine) -> Array:
+def _logits_div(keys: Keys, machine: Machine) -> Array:
+    """Ranks that share a micro-batch's logits: by the vocabulary, or in our runtime by the sequence if that is cut."""
+    return np.maximum(keys.vocab_tp, keys.outer) if machine.engine.gathers_copies else keys.vocab_tp
+
+
+def _layout_bytes(part: LayoutBytes, facts: LayerFacts, keys: Keys, machine: Machine) -> Array:
+    """Bytes of one rank. In an end of the model, what TP cuts is cut over the vocabulary."""
+    inner = _logits_div(keys, machine) if any(op.cut is TpCut.VOCAB for op in facts.layer.ops) else keys.tp
     sharded_gather = (keys.sp > 0) & (not machine.engine.sp_saves_gathered)
     gathered = part.gathered_bytes / np.where(sharded_gather, keys.tp, 1.0)
-    scaled = part.inner_bytes / keys.tp + part.outer_bytes / keys.outer + gathered + part.replicated_bytes
+    scaled = part.inner_bytes / inner + part.outer_bytes / keys.outer + gathered + part.replicated_bytes
     total: Array = scaled * keys.tokens + part.fixed_bytes
     return total
 

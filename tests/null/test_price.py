@@ -180,3 +180,19 @@ def test_only_a_modules_product_that_the_loss_alone_reads_can_be_chunked() -> No
         for op in found.ops
     ]
     assert chunked_head(dataclasses.replace(found, ops=tuple(capped))) is None
+
+
+@pytest.mark.parametrize(("name", "with_sp"), [("planner", 2), ("megatron-core", 1)])
+def test_logits_are_whole_where_the_vocabulary_is_not_cut(name: str, with_sp: int) -> None:
+    """Our runtime's head then works on its part of a sequence under sequence parallelism, Megatron's on all of it."""
+    on = machine(get_engine(name))
+    head = layer_facts(graph(LLAMA).epilogue, on.engine)
+
+    def logits(**options: float) -> float:
+        made = price_layer(head, keys(tp=2, **options), on)
+        return float(made.loss_bytes[0])
+
+    assert logits() == 2 * logits(vocab_parallel=1)
+    assert logits(sp=1) == 2 * logits(vocab_parallel=1, sp=1) / with_sp
+    whole, cut = (price_layer(head, keys(tp=2, vocab_parallel=v), on).saved[0][0] for v in (0, 1))
+    assert whole - cut == pytest.approx(logits(vocab_parallel=1))
