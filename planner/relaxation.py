@@ -22,6 +22,7 @@ Legend: D distinct lengths, C classes of them, K kinds, P pairs of a kind and a 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -263,6 +264,7 @@ def _mute() -> Iterator[None]:
     try:
         yield
     finally:
+        ctypes.CDLL(None).fflush(None)  # what C has printed may still be in its buffer
         os.dup2(kept, 1)
         os.close(kept)
         os.close(nowhere)
@@ -293,12 +295,12 @@ def _run(p: _Program) -> Any | None:
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=num_columns))])
     lp.a_matrix_.index_, lp.a_matrix_.value_ = rows[order], values[order]
-    solver = untyped.Highs()
-    solver.silent()  # but for a greeting, which _mute keeps off standard output
-    # Primal simplex without presolve: on these programs twice as fast as the defaults.
-    for option, value in (("threads", 1), ("presolve", "off"), ("simplex_strategy", 4)):
-        solver.setOptionValue(option, value)
-    with _mute():
+    with _mute():  # silent() leaves a greeting
+        solver = untyped.Highs()
+        solver.silent()
+        # Primal simplex without presolve: on these programs twice as fast as the defaults.
+        for option, value in (("threads", 1), ("presolve", "off"), ("simplex_strategy", 4)):
+            solver.setOptionValue(option, value)
         solver.passModel(lp)
         solver.run()
     return solver if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal else None
