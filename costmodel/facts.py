@@ -64,9 +64,9 @@ class LayerFacts:
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
     GEMMs and the embedding put out. `loss_bytes`: log-probabilities, or with a fused loss logits,
     kept for backward; `loss_work_bytes`: what the peak of the loss's backward needs beside them; `loss_rows`: rows of
-    logits over the vocabulary. `head`: the product
-    that the chunked loss would take over, with `loss_saved` of what is saved gone. `traced`: of the layer as it was
-    traced and as a profile measures it, where kernels of the engine's stand in for some of its ops.
+    logits over the vocabulary. `head`: the product that the chunked loss would take over, with `loss_saved` of what is
+    saved gone. `traced`: of the layer as it was traced and as a profile measures it, where kernels of the engine's
+    stand in for some of its ops.
     """
 
     layer: LayerClass

@@ -16,7 +16,7 @@ import torch
 
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.strategy import LayerStrategy, PlanSpec
-from planner.profiler.cases import Case, cut_degree
+from planner.profiler.cases import Case
 from planner.profiler.reference import model as reference
 from planner.profiler.timing import Job, Work
 
@@ -33,15 +33,14 @@ def reference_graph() -> ModelGraph:
 
 def plan_spec(variant: str, world: int) -> PlanSpec:
     """The plan of a variant on `world` ranks."""
-    cut = cut_degree(world)
     degrees: dict[str, Any] = {
         "shard": {"dp_shard": world},
-        "tp": {"tp": cut, "dp_shard": world // cut},
-        "sp": {"tp": cut, "dp_shard": world // cut, "sequence_parallel": True},
-        "cp": {"ulysses": cut, "dp_shard": world // cut},
+        "tp": {"tp": world},
+        "sp": {"tp": world, "sequence_parallel": True},
+        "cp": {"ulysses": world},
     }
     return PlanSpec(
-        global_batch_size=world, stage_layers=((0, reference.LAYERS),),
+        global_batch_size=world if variant == "shard" else 1, stage_layers=((0, reference.LAYERS),),
         layers=(LayerStrategy(recompute="none"),) * reference.LAYERS, **degrees[variant],
     )  # fmt: skip
 

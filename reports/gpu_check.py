@@ -27,7 +27,8 @@ from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.profile import Profile, encode_profile, profile_sha256
-from planner.costmodel.profiled import fit_cluster, fit_engine
+from planner.costmodel.profiled import fit_cluster
+from planner.costmodel.profiled_engine import fit_engine
 from planner.errors import UserError
 from planner.files import write_atomic
 from planner.given import Given, given_spec

@@ -15,7 +15,8 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.keys import Machine
 from planner.costmodel.profile import Profile, profile_sha256
-from planner.costmodel.profiled import fit_cluster, fit_engine
+from planner.costmodel.profiled import fit_cluster
+from planner.costmodel.profiled_engine import fit_engine
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import UserError
 from planner.given import Given, given_spec

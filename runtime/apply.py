@@ -58,9 +58,8 @@ def parallelize(
     The model is changed in place. `seq_len`: tokens per sequence, the graph's by default. `precision`: dtype of
     parameters in forward and backward when it is not that of the model. `packs`: micro-batches will be packed documents
     on groups of data ranks (groups.py). `tape`: has the parameters' values when `model` is one of deferred.build.
-    `compiled`: every layer's forward goes through torch.compile.
-    RuntimePlanError in one line when the plan does not fit the model, the world or
-    the runtime.
+    `compiled`: every layer's forward goes through torch.compile. RuntimePlanError in one line when the plan does not
+    fit the model, the world or the runtime.
     """
     reason = unsupported(spec, compiled) or (groups_unsupported(spec, compiled) if packs else None)
     if reason is not None:

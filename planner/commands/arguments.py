@@ -148,7 +148,8 @@ def profiled(
     if args.profile is None:
         return cluster, engine, None
     from planner.costmodel.profile import ProfileError, profile_sha256
-    from planner.costmodel.profiled import fit_cluster, fit_engine
+    from planner.costmodel.profiled import fit_cluster
+    from planner.costmodel.profiled_engine import fit_engine
 
     profile = read_profile(args.profile)
     try:

@@ -24,7 +24,8 @@ from planner.costmodel.profile import (
     profile_sha256,
 )
 from planner.costmodel.profile_diff import Change, compare, differences, doubts
-from planner.costmodel.profiled import describes, hidden_frac, pair_frac
+from planner.costmodel.profiled import describes
+from planner.costmodel.profiled_engine import hidden_frac, pair_frac
 from planner.errors import OK, STALE, USAGE, UserError
 from planner.files import check_writable, read_profile, write_atomic
 from planner.provenance import tool_version

@@ -159,7 +159,7 @@ def test_what_the_runtime_costs_the_host_is_measured() -> None:
     assert {(len(graph.layer_classes), layer_facts(c, engine).launches) for c in graph.classes} == {
         (cases[0].dims["layers"], cases[0].dims["ops"])
     }
-    assert runtime_cases(1) == runtime_cases(3) == [] and runtime_cases(12)
+    assert runtime_cases(1) == runtime_cases(3) == runtime_cases(12) == []
 
 
 def test_what_a_device_cannot_run_is_left_out() -> None:

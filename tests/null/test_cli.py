@@ -253,10 +253,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "fix schedule": (["search", "graph.json", *JOB, "--fix", "schedule=zigzag"], 2, "zb_v"),
     "forbid unknown": (["search", "graph.json", *JOB, "--forbid", "rings"], 2, "ring"),
     "fix and forbid": (["search", "graph.json", *JOB, "--fix", "tp=2", "--forbid", "tp"], 2, "exclude each other"),
-    "fix and compile": (
-        ["search", "graph.json", *JOB, "--engine", "planner-compiled", "--fix", "recompute=selective"], 2,
-        "--fix recompute=selective: not with --engine planner-compiled",
-    ),
+    "fix and compile": (["search", "graph.json", *JOB, "--engine", "planner-compiled", "--fix", "tp=2"], 2, "not with"),
     "gap of 1": (["search", "graph.json", *JOB, "--gap", "1"], 2, "below 1"),
     "gap of nan": (["search", "graph.json", *JOB, "--gap", "nan"], 2, "below 1"),
     "no time": (["search", "graph.json", *JOB, "--time-limit", "0"], 2, "above 0"),

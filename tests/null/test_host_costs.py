@@ -16,7 +16,7 @@ from planner.costmodel.layer_comm import host_cut_s
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import price_layer
 from planner.costmodel.profile import DIMS, Conditions, Profile, Sample, make_profile
-from planner.costmodel.profiled import fit_engine
+from planner.costmodel.profiled_engine import fit_engine
 from planner.costmodel.state import StateLayout, gather_s, layer_sync_s
 
 CPU = Conditions(platform="cpu", device="some CPU", devices_per_node=2, memory_bytes=2**34, backend="gloo", ranks=2,
@@ -58,6 +58,9 @@ def test_host_times_are_what_is_left_beside_kernels_and_collectives() -> None:
     assert fit_engine(get_engine("planner"), eight, load_cluster("cpu-gloo"), 8).host_shard_s == pytest.approx(
         tuple(4 * s for s in engine.host_shard_s)  # not measured with 8 ranks, which take turns
     )
+    gpu = replace(CPU, platform="cuda", device="NVIDIA H100")
+    other = replace(profile(), conditions=(gpu, replace(CPU, ranks=8)))  # the small model ran on another device
+    assert fit_engine(get_engine("planner"), other, load_cluster("cpu-gloo"), 8).host_cut_s == {}
     none = make_profile("1", (CPU,), tuple(s for s in profile().samples if s.kind != "runtime"))
     assert fit_engine(get_engine("planner"), none, load_cluster("cpu-gloo"), 2).host_cut_s == {}
 
