@@ -169,7 +169,7 @@ def measure(case: Case, rates: dict[str, float], flush: torch.Tensor) -> dict[st
 
 def provenance(rates: dict[str, float]) -> dict[str, Any]:
     """Where and when the numbers are from."""
-    packages = {p: importlib.util.find_spec(p) is not None for p in ("triton", "liger_kernel", "fla")}
+    packages = {p: importlib.util.find_spec(p) is not None for p in ("triton", "liger_kernel", "fla", "flashrnn")}
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "python": platform.python_version(), "date": datetime.now(UTC).isoformat(timespec="seconds"),

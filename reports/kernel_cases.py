@@ -124,9 +124,11 @@ def _liger_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-def _attention(device: str, small: bool) -> tuple[torch.Tensor, ...]:
-    length, dim = (96, 32) if small else (8192, 128)
-    return _normal(device, *[(1, 8 if small else 32, length, dim)] * 3)
+def _attention(length: int) -> Callable[[str, bool], tuple[torch.Tensor, ...]]:
+    def inputs(device: str, small: bool) -> tuple[torch.Tensor, ...]:
+        return _normal(device, *[(1, 8, 96, 32) if small else (1, 32, length, 128)] * 3)
+
+    return inputs
 
 
 def _ring_ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -179,9 +181,12 @@ def _flat(device: str, small: bool) -> tuple[torch.Tensor, ...]:
     return _normal(device, (4096,) if small else (512 * 1024 * 1024,))
 
 
-def _round_trip(x: torch.Tensor) -> torch.Tensor:
-    packed, scale = quantize.quantize_blocks(x, 8, 256)
-    return quantize.dequantize_sum(packed[None], scale[None], x.numel(), 8, 256, x.dtype)
+def _round_trip(bits: int) -> Call:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        packed, scale = quantize.quantize_blocks(x, bits, 256)
+        return quantize.dequantize_sum(packed[None], scale[None], x.numel(), bits, 256, x.dtype)
+
+    return call
 
 
 def _gates_lstm(device: str, small: bool) -> tuple[torch.Tensor, ...]:
@@ -211,6 +216,20 @@ def _slstm_loop(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         h = o.sigmoid() * c / n
         outs.append(h)
     return torch.stack(outs, 1)
+
+
+def _flashrnn(function: str) -> Mapping[str, tuple[str, Call]]:
+    """As its README has the call; measured only where it is installed (its licence is not free)."""
+
+    def call(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        from flashrnn import flashrnn
+
+        bias = r.new_zeros(r.shape[1], r.shape[0], r.shape[2])  # gates, heads, dim
+        states, _ = flashrnn(x.transpose(2, 3), r.transpose(0, 1), bias, function=function, backend="cuda_fused")
+        out: torch.Tensor = states[0]
+        return out
+
+    return {"flashrnn": ("flashrnn", call)}
 
 
 def _pack(x: torch.Tensor) -> torch.Tensor:
@@ -264,8 +283,11 @@ CASES = (
         peers={"liger": ("liger_kernel", _liger_linear)}, units=lambda x, w, _: len(x) * len(w),
     ),
     Case(
-        name="ring_step", inputs=_attention, ours=_ring_ours, plain=_sdpa, roof="gemm", goal_frac=0.5,
+        name="ring_step", inputs=_attention(8192), ours=_ring_ours, plain=_sdpa, roof="gemm", goal_frac=0.5,
         backward_goal_frac=0.4,
+    ),
+    Case(
+        name="ring_step_2k", inputs=_attention(2048), ours=_ring_ours, plain=_sdpa, roof="gemm", goal_frac=None,
     ),
     Case(
         name="merge_partials", inputs=_partials, ours=lambda *t: ring.merge_partials(*t)[0], plain=_merge,
@@ -278,15 +300,19 @@ CASES = (
     ),
     Case(
         name="lstm", inputs=_gates_lstm, ours=lambda x, r: lstm.lstm(x, r)[0], plain=_lstm_loop, goal_frac=None,
-        tolerance=3e-2, plain_is_peer=False,
+        tolerance=3e-2, plain_is_peer=False, peers=_flashrnn("lstm"),
     ),
     Case(
         name="slstm", inputs=_gates_lstm, ours=lambda x, r: slstm.slstm(x, r)[0], plain=_slstm_loop, goal_frac=None,
-        tolerance=3e-2, plain_is_peer=False,
+        tolerance=3e-2, plain_is_peer=False, peers=_flashrnn("slstm"),
     ),
     Case(
-        name="quantize_int8", inputs=_flat, ours=_round_trip, plain=lambda x: x, goal_frac=0.85, backward=False,
+        name="quantize_int8", inputs=_flat, ours=_round_trip(8), plain=lambda x: x, goal_frac=0.85, backward=False,
         plain_is_peer=False,
+    ),
+    Case(
+        name="quantize_int4", inputs=_flat, ours=_round_trip(4), plain=lambda x: x, goal_frac=0.85, backward=False,
+        plain_is_peer=False, tolerance=9e-2,
     ),
     Case(
         name="ulysses_pack", inputs=_heads, ours=lambda x: exchange.pack_heads(x, 4), plain=_pack, goal_frac=0.85,
