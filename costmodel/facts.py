@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from planner.costmodel import expert_facts
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.graph import Activation, LayerClass, Op, OpKind, TensorLayout, TpCut
-from planner.costmodel.kernels import FusedLoss, chunked_head, fused_loss, fused_norms
+from planner.costmodel.kernels import FusedLoss, chunked_head, fused_loss, fused_norms, fused_swiglu
 
 RECOMPUTES = ("none", "selective", "full")
 _LOG_PROB_BYTES = 4  # torch's loss keeps float32 log-probabilities
@@ -218,7 +218,7 @@ def _group_bytes(layer: LayerClass, members: list[int]) -> float:
 
 def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     """Sum up `layer` as `engine` runs it."""
-    as_run = fused_norms(layer, engine.kernels)
+    as_run = fused_swiglu(fused_norms(layer, engine.kernels), engine.kernels)
     fused = fused_loss(as_run, engine.kernels)
     facts = _facts(as_run, fused, engine)
     return facts if fused is None and as_run is layer else replace(facts, traced=_facts(layer, None, engine))

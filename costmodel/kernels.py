@@ -1,4 +1,4 @@
-"""Which implementation of planner.kernels runs what, an engine's trait, and what norms and loss cost by it. No torch.
+"""Which implementation of planner.kernels runs what, an engine's trait, and what it makes of a layer. No torch.
 
 An engine without choices runs what was traced. tests/cpu/kernels/test_dispatch.py holds this file to what
 planner.kernels declares, and to the bytes that its formulas count.
@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 from planner.costmodel.graph import LayerClass, Op, OpKind, TpCut
 
 Array = NDArray[np.float64]
-# Ops with a Triton kernel ("ours"), which planner.runtime runs on GPUs.
-TRITON_OPS = ("ce_combine", "ce_grad", "ce_grad_", "ce_stats", "merge_partials", "moe_permute", "moe_unpermute",
-              "moe_unpermute_backward", "pack_heads", "pack_sequence", "ring_step", "ring_step_backward",
-              "rms_norm", "rms_norm_backward", "unpack_heads", "unpack_sequence")  # fmt: skip
+# Ops with a Triton kernel ("ours"), which planner.runtime runs on GPUs; add_rms_norm and rope where a model calls them.
+TRITON_OPS = ("add_rms_norm", "ce_combine", "ce_grad", "ce_grad_", "ce_stats", "merge_partials", "moe_permute",
+              "moe_unpermute", "moe_unpermute_backward", "pack_heads", "pack_sequence", "ring_step",
+              "ring_step_backward", "rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward",
+              "unpack_heads", "unpack_sequence")  # fmt: skip
 # A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
 # Passes over the logits in their own type, read or written: one forward, two backward.
 LOSS_PASSES = {"ours": 1 + 2}
+SWIGLU_PASSES = 3 + 5  # over the gate, the same way: gate, up and result; backward the gradients of the three, gate, up
 _CONVERSIONS = ("_to_copy", "to_float")
 CHUNK_ROWS = 2048  # rows of logits that the chunked loss makes at once; two such chunks exist at most
 CHUNK_KERNELS = 8  # launches of a chunk in bf16: three products, statistics, combining them, gradient, two sums
@@ -105,6 +107,65 @@ def _norm_chains(layer: LayerClass) -> list[list[int]]:
         if module and tuple(n for n in names if n not in _CONVERSIONS) == _NORM_CHAIN:
             found.append(members)
     return found
+
+
+def fused_swiglu(layer: LayerClass, kernels: dict[str, str]) -> LayerClass:
+    """`layer` with one kernel in the place of silu(gate) * up in every gated MLP, if the runtime has one for it.
+
+    Its gradient needs gate and up alone, so that silu(gate) is not kept.
+    """
+    pairs = _swiglu_pairs(layer) if kernels.get("swiglu") == "ours" else []
+    if not pairs:
+        return layer
+    ops, activations = list(layer.ops), list(layer.activations)
+    for silu, product in pairs:
+        (gate,), (middle,), (out,) = ops[silu].inputs, ops[silu].outputs, ops[product].outputs
+        factors = tuple(dict.fromkeys((gate, *(a for a in ops[product].inputs if a != middle))))
+        moved = round(SWIGLU_PASSES / (1 + BACKWARD_TRAFFIC) * activations[out].num_bytes)
+        ops[silu] = replace(ops[silu], kind=OpKind.VIEW, bytes_moved=0)
+        ops[product] = replace(ops[product], inputs=factors, bytes_moved=moved)
+        activations[middle] = replace(activations[middle], saved=False)
+        for a in factors:
+            activations[a] = replace(activations[a], saved=True)
+    return replace(layer, ops=tuple(ops), activations=tuple(activations))
+
+
+def _swiglu_pairs(layer: LayerClass) -> list[tuple[int, int]]:
+    """(silu, product with it) of every gated MLP: child modules that are linear make both factors and read the result.
+
+    Gate and up are apart or halves of one result, as runtime/gated.py knows them.
+    """
+    found = []
+    for i, op in enumerate(layer.ops):
+        module = op.name.rpartition(".")[0]
+        if not module or not op.name.endswith(".mul"):
+            continue
+        makers = {layer.activations[a].producer for a in op.inputs} - {-1}
+        silu = next((m for m in makers if _inside(layer.ops[m], module, "silu")), None)
+        if silu is None or _readers(layer, silu) != [i]:
+            continue
+        factors = (makers - {silu}) | {layer.activations[a].producer for a in layer.ops[silu].inputs}
+        linears = [*(layer.ops[m] for m in factors if m >= 0), *(layer.ops[j] for j in _readers(layer, i))]
+        if len(linears) == len(factors) + 1 and all(_is_child_linear(o, module) for o in linears):
+            found.append((silu, i))
+    return found
+
+
+def _inside(op: Op, module: str, name: str) -> bool:
+    """Whether `op` is a `name` of `module` or of something in it."""
+    return op.name.startswith(f"{module}.") and op.name.endswith(f".{name}")
+
+
+def _is_child_linear(op: Op, module: str) -> bool:
+    """Whether `op` is the product of a linear module that is a child of `module`."""
+    inside = op.name.removeprefix(f"{module}.")
+    return op.kind is OpKind.GEMM and inside != op.name and inside.count(".") == 1
+
+
+def _readers(layer: LayerClass, index: int) -> list[int]:
+    """Ops that read what op `index` puts out."""
+    made = set(layer.ops[index].outputs)
+    return [i for i, op in enumerate(layer.ops) if made & set(op.inputs)]
 
 
 def _loss_chain(layer: LayerClass) -> list[int]:

@@ -70,7 +70,8 @@ def pretending(chosen: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        choose(before)
+        _CHOSEN.clear()
+        _CHOSEN.update(before)
 
 
 @contextmanager

@@ -203,6 +203,8 @@ class Recorder(TorchDispatchMode):
             op.backward_flops = 2 * op.flops  # a custom op hides from here whether its inputs require gradients
         elif op.kind is OpKind.NORM and name.endswith("layer_norm"):
             op.vector = args[1][-1]
+        elif op.kind is OpKind.NORM and func.namespace == "planner_kernels":
+            op.vector = args[0].shape[-1]
         elif name in ("_softmax", "_safe_softmax", "_log_softmax", "mean", "sum", "amax", "var_mean"):
             op.vector = _reduced(args)
         return op

@@ -21,7 +21,7 @@ from planner.costmodel.strategy import PlanSpec
 from planner.kernels import dispatch
 from planner.plan import Plan
 from planner.runtime import cuts as cutting
-from planner.runtime import expert_cuts, experts, head, norms, rules_math, rules_shape, zero
+from planner.runtime import expert_cuts, experts, gated, head, norms, rules_kernels, rules_math, rules_shape, zero
 from planner.runtime.chain import Chain
 from planner.runtime.deferred import Tape
 from planner.runtime.errors import RuntimePlanError
@@ -35,7 +35,7 @@ from planner.runtime.rules import ShardMode
 from planner.runtime.sharded import Context
 from planner.runtime.support import COMPILED_EXPERTS, groups_unsupported, unsupported
 
-assert rules_math and rules_shape  # importing them registers the rules
+assert rules_math and rules_shape and rules_kernels  # importing them registers the rules
 
 
 def parallelize(
@@ -80,7 +80,9 @@ def parallelize(
         full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
     if norms.chosen(device):
-        parallel.norms = norms.install(model, ctx)
+        parallel.norms = norms.install(model)
+    if gated.chosen(device):
+        parallel.gated_mlps = gated.install(model)
     _experts(parallel)
     if compiled and parallel.moe:
         raise RuntimePlanError(f"this plan is not executable: {COMPILED_EXPERTS}")

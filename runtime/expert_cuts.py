@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_map_only
 
+from planner.kernels import dispatch
 from planner.runtime.errors import RuntimePlanError
 from planner.runtime.experts import Moe, spread
 from planner.runtime.sharded import Cut, _along
@@ -100,7 +101,8 @@ class _Trial:
         if not any(cut.kind for cut in (self.cuts[name] for name in self.params) if cut.routed):
             raise self._refusal("the plan leaves them whole")
         others = any(self.cuts[name].kind and not self.cuts[name].routed for name in self.params)
-        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        on_cpu = dispatch.pretending(dict.fromkeys(dispatch.table("cpu"), "torch"))  # whatever the plan's device takes
+        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(devices=[]), on_cpu:
             torch.manual_seed(0)
             drawn = {name: self._value(name) for name in dict.fromkeys(name for _, _, name in self.slots)}
             tokens = tree_map_only(torch.Tensor, self._input, self.moe.call)

@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functional_call
 
 from planner.kernels import dispatch, norm
-from planner.runtime.rules import apply
-from planner.runtime.sharded import Context, Sharded
 
 _WIDEST = 16_384  # values that the kernel takes in a row
 
@@ -26,13 +24,13 @@ def chosen(device: torch.device) -> bool:
     return dispatch.choice("rms_norm", device.type) != "torch"
 
 
-def install(model: nn.Module, ctx: Context) -> int:
+def install(model: nn.Module) -> int:
     """Let the op stand for every RMSNorm of the model; how many there are."""
     count = 0
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if is_rms_norm(module, eps):
-            module.forward = _forward(module, eps, ctx)  # type: ignore[method-assign]
+            module.forward = _forward(module, eps)  # type: ignore[method-assign]
             count += 1
     return count
 
@@ -59,12 +57,7 @@ def is_rms_norm(module: nn.Module, eps: float | None) -> bool:
         return isinstance(found, torch.Tensor) and torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def rms_norm(x: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The op with the arguments of torch's, whose rule it takes."""
-    return norm.rms_norm(x, weight, eps)
-
-
-def _forward(module: nn.Module, eps: float | None, ctx: Context) -> Callable[[torch.Tensor], Any]:
+def _forward(module: nn.Module, eps: float | None) -> Callable[[torch.Tensor], Any]:
     own = module.forward
 
     def forward(x: torch.Tensor) -> Any:
@@ -73,8 +66,6 @@ def _forward(module: nn.Module, eps: float | None, ctx: Context) -> Callable[[to
             return own(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         added = torch.finfo(wide).eps if eps is None else eps  # nn.RMSNorm's default, of the type that it computes in
-        if isinstance(x, Sharded):
-            return apply(rms_norm, (x, tuple(weight.shape), weight, added), {}, ctx)
         return norm.rms_norm(x, weight, added)
 
     return forward

@@ -83,6 +83,7 @@ class Parallel:
     packs: bool = False  # micro-batches are packed documents (groups.py)
     head: nn.Linear | None = None  # of the chunked loss
     norms: int = 0  # RMSNorms that the kernel op runs
+    gated_mlps: int = 0  # the same of SwiGLU
     plain_loss: str = ""  # why the loss is the plain one although the plan has the chunked one
 
     @property

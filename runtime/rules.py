@@ -67,7 +67,9 @@ class ShardMode(TorchFunctionMode):
 
 
 def name_of(func: Any) -> str:
-    """Plain name of a torch function or method: add for Tensor.__radd__ and Tensor.add_."""
+    """Plain name of a torch function or method, add for Tensor.__radd__ and Tensor.add_; of a custom op the whole."""
+    if isinstance(func, torch._ops.OpOverload):
+        return str(func.name())
     name: str = getattr(func, "__name__", str(func))
     if name == "__get__":
         return f".{func.__self__.__name__}"

@@ -238,7 +238,7 @@ def _loop(
     first = _resume(parallel, checkpoints, args)
     options = {"seed": args.seed, "lr": args.lr, "warmup": args.warmup, "resumed_at_step": first,
                "loss": "chunked" if parallel.head is not None else f"plain: {parallel.plain_loss}".rstrip(": "),
-               "rms_norms_by_kernel": parallel.norms}  # fmt: skip
+               "rms_norms_by_kernel": parallel.norms, "swiglus_by_kernel": parallel.gated_mlps}  # fmt: skip
     metrics = Metrics(args.out, plan, parallel.device, args.print_every, options)
     digest = plan_body(plan)["sha256"]
     for step in range(first, args.steps):

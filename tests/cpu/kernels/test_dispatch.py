@@ -17,6 +17,7 @@ from planner.kernels import (  # noqa: F401  declare ops
     gla,
     loss,
     norm,
+    pointwise,
     ring,
 )
 from planner.kernels.counters import WorkCounter
@@ -35,8 +36,9 @@ def test_cpu_runs_torch_and_cuda_ours_where_there_is_one() -> None:
 
 def test_a_plan_chooses_among_what_is_declared() -> None:
     """The cost model's list of ops is that of the modules that the runtime uses, as a GPU and as a CPU run them."""
-    ops = {v._name for m in (exchange, loss, ring) for v in vars(m).values() if isinstance(v, CustomOpDef)}
-    ours = {op for op in ops if "ours" in dispatch._DECLARED[op]} | {"rms_norm", "rms_norm_backward"}
+    used = (exchange, loss, norm, pointwise, ring)
+    ops = {v._name for m in used for v in vars(m).values() if isinstance(v, CustomOpDef)}
+    ours = {op for op in ops if "ours" in dispatch._DECLARED[op]}
     assert kernels_on("h100-80gb") == dict.fromkeys(sorted(ours), "ours")
     assert set(kernels_on("cpu").values()) == {"torch"}
 
@@ -66,6 +68,9 @@ def test_the_cost_model_has_the_sums_of_the_chunked_loss() -> None:
 
 def test_choices_of_another_machine_hold_for_fake_tensors() -> None:
     with dispatch.pretending({"gla": "fla"}):
+        assert dispatch.choice("gla", "cpu") == "fla"
+        with dispatch.pretending({"gla": "torch"}):
+            assert dispatch.choice("gla", "cpu") == "torch"
         assert dispatch.choice("gla", "cpu") == "fla"
     assert dispatch.choice("gla", "cpu") == "torch"
 

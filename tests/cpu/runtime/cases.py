@@ -18,7 +18,7 @@ from planner.space import SCHEDULES, Limits, enumerate_cells, layouts
 
 SEQ_LEN, GLOBAL_BATCH, LAYERS = 16, 8, 4
 MODELS = {"llama": 96, "gpt": 96, "odd": 128, "hf_llama": 96, "hf_gpt2": 96, "hf_mixtral": 96, "deepseek": 96,
-          "biased": 96}  # fmt: skip
+          "biased": 96, "calling": 96}  # fmt: skip
 
 
 @functools.cache
@@ -160,6 +160,9 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
     "zb_v replicas ulysses": (8, "gpt", spec(
         dp_replicate=2, ulysses=2, zero_stage=1, offload_optimizer=True, **_V)),
     "ep fewer experts than shards": (8, "hf_mixtral", spec(dp_shard=8, ep=4, zero_stage=3)),
+    "kernels called, ring tp sp selective": (4, "calling", spec(ring=2, tp=2, recompute="selective", **_SP)),
+    "kernels called, zb_v ulysses zero1": (4, "calling", spec(ulysses=2, zero_stage=1, **_V)),
+    "kernels called, tp zero3 full": (4, "calling", spec(tp=2, dp_shard=2, zero_stage=3, recompute="full", **_SP)),
     "everything": (8, "llama", spec(pp=2, tp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP)),
 }  # fmt: skip
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 
+from planner.kernels.norm import add_rms_norm
+from planner.kernels.pointwise import rope, swiglu
+
 DTYPE = torch.float64
 SEQ_LEN = 16
 ROOT = Path(__file__).parents[3]
@@ -22,6 +25,32 @@ def llama():
     module = _load(ROOT / "examples/llama3.py")
     module.VOCAB_SIZE = 96
     return module.Llama(layers=4, hidden=32, heads=4, ffn=48, kv_heads=2)
+
+
+class Calling(torch.nn.Module):
+    """A layer of `llama` that calls the kernels: the residual's addition with the norm behind it, RoPE and SwiGLU."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, cos, sin):
+        attention, mlp = self.block.attention, self.block.feed_forward
+        y = self.block.attention_norm(x)
+        q, k, v = (w(y).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))
+        half = attention.head_dim // 2
+        q, k = (rope(t, cos[:, :half], sin[:, :half]) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = attention.wo(out.transpose(1, 2).flatten(2))
+        y, x = add_rms_norm(out, x, self.block.ffn_norm.weight, torch.finfo(x.dtype).eps)
+        return x + mlp.w2(swiglu(mlp.w1(y), mlp.w3(y)))
+
+
+def calling():
+    model = llama()
+    model.layers = torch.nn.ModuleList(Calling(block) for block in model.layers)
+    return model
 
 
 def gpt():

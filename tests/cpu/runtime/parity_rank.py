@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from planner.costmodel.strategy import PlanSpec
 from planner.profiler.graph_io import decode_graph
-from planner.runtime import head
+from planner.runtime import gated, head
 from planner.runtime import norms as norm_modules
 from planner.runtime.apply import parallelize
 from planner.runtime.checkpoint import Checkpoints, committed, moments_of
@@ -24,6 +24,7 @@ from planner.runtime.zero import local
 
 STEPS = 3
 head.CHUNK_ROWS = 5  # several chunks, the last one shorter
+_GATED = ("llama", "hf_llama", "deepseek", "calling")  # models with gated MLPs
 _ADAMW = AdamWConfig(lr=1e-3, max_grad_norm=0.5)
 
 
@@ -123,11 +124,16 @@ def run_case(case):
         _cache[key] = reference(case, vocab)
     losses, norms, grads, params = _cache[key]
     fused = case["model"] == "llama" and spec.chunked_loss  # other cases have torch's own norms and loss
-    with mock.patch.object(norm_modules, "chosen", lambda device: fused):
+    by_kernel = spec.chunked_loss or spec.zero_stage == 3
+    with (
+        mock.patch.object(norm_modules, "chosen", lambda device: fused),
+        mock.patch.object(gated, "chosen", lambda device: by_kernel),
+    ):
         parallel = parallelize(
             build(case), spec, graph, seq_len=case["seq_len"], adamw=copy.copy(_ADAMW), compiled=case["compiled"]
         )
     assert (parallel.norms > 0) == fused
+    assert (parallel.gated_mlps > 0) == (by_kernel and case["model"] in _GATED)
     at, size = parallel.mesh.position["dp"], spec.global_batch_size // spec.dp
     got_losses, got_norms, got_grads = [], [], None
     for tokens, labels in batches(case, vocab):

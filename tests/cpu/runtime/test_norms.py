@@ -48,7 +48,7 @@ def value_and_grads(module: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]
 
 def test_what_computes_rms_norm_is_replaced_and_computes_it_still() -> None:
     before, after = norms(), norms()
-    assert install(after, None) == 3  # type: ignore[arg-type]
+    assert install(after) == 3
     assert {name for name, module in after.items() if "forward" in vars(module)} == {"torch", "no eps", "llama"}
     for name in ("torch", "no eps", "llama"):
         for got, want in zip(*(value_and_grads(m[name], torch.float32) for m in (after, before)), strict=True):
@@ -68,7 +68,7 @@ def test_the_cost_model_has_one_kernel_for_it(part: str) -> None:
     assert fused_norms(layer, kernels_on("cpu")) is layer
     x = torch.randn(1, 16, 32).bfloat16().requires_grad_()
     module = LlamaRMSNorm(32).bfloat16()
-    install(module, None)  # type: ignore[arg-type]
+    install(module)
     with WorkCounter() as counted:
         module(x)
     with WorkCounter() as back:
