@@ -275,8 +275,11 @@ def test_a_trace_of_this_torch_is_read(tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     run = subprocess.Popen([*COMMAND, "profile", "ops", "--budget", "120s", "-o", "p.json"], cwd=tmp_path,
-                           stdout=subprocess.PIPE, text=True)  # fmt: skip
-    time.sleep(25)
+                           stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})  # fmt: skip
+    deadline = time.monotonic() + 100
+    while sum(path.read_text().count("\n") for path in tmp_path.glob("planner-profile-*/out.jsonl")) < 4:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     text, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "interrupted" in text

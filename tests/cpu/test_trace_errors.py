@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from planner.costmodel.graph import ModelGraph
 from planner.profiler import child
 from planner.profiler.errors import TraceError
 from planner.profiler.graph_io import GraphFileError, decode_graph, encode_graph, graph_sha256
@@ -105,7 +106,7 @@ def test_printing_is_not_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 def wait_for_pid(path: Path) -> int:
     """The process id that a child writes to `path`, ended by a semicolon."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (path.exists() and path.read_text().endswith(";")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -125,9 +126,9 @@ def test_hanging_model_is_killed_with_its_children(tmp_path: Path) -> None:
     text = "import subprocess, time\nchild = subprocess.Popen(['sleep', '60'])\n"
     text += f"open({str(mark)!r}, 'w').write(str(child.pid) + ';')\ntime.sleep(60)\n"
     start = time.monotonic()
-    with pytest.raises(TraceError, match="not traced within 5 s"):
-        trace_model(write(tmp_path, text), time_limit_s=5.0)
-    assert time.monotonic() - start < 7.0
+    with pytest.raises(TraceError, match="not traced within 10 s"):  # torch's import comes off it
+        trace_model(write(tmp_path, text), time_limit_s=10.0)
+    assert time.monotonic() - start < 12.0
     assert not is_running(wait_for_pid(mark))
 
 
@@ -168,8 +169,12 @@ def test_secrets_do_not_reach_the_child(monkeypatch: pytest.MonkeyPatch) -> None
     assert environment["PATH"] == os.environ["PATH"]
 
 
-def test_graph_json_round_trip(tmp_path: Path) -> None:
-    graph = trace_model(write(tmp_path, HEAD + LINEAR), seq_len=16)
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
+    return trace_model(write(tmp_path_factory.mktemp("linear"), HEAD + LINEAR), seq_len=16)
+
+
+def test_graph_json_round_trip(tmp_path: Path, graph: ModelGraph) -> None:
     data = encode_graph(graph)
     assert decode_graph(data) == graph
     assert encode_graph(decode_graph(data)) == data
@@ -179,8 +184,7 @@ def test_graph_json_round_trip(tmp_path: Path) -> None:
     assert trace_model(str(saved)) == graph
 
 
-def test_damaged_graph_files_are_refused(tmp_path: Path) -> None:
-    graph = trace_model(write(tmp_path, HEAD + LINEAR), seq_len=16)
+def test_damaged_graph_files_are_refused(graph: ModelGraph) -> None:
     body = json.loads(encode_graph(graph))
     for change, words in (
         ({"surprise": 1}, "unknown key 'surprise'"),

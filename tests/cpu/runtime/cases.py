@@ -22,11 +22,17 @@ MODELS = {"llama": 96, "gpt": 96, "odd": 128, "hf_llama": 96, "hf_gpt2": 96, "hf
 
 
 @functools.cache
+def traced(source: str, seq_len: int):
+    """trace_model of a file of the tests, whose child process takes seconds, once for all tests of a process."""
+    return trace_model(source, seq_len=seq_len)
+
+
+@functools.cache
 def graph_of(model: str):
     """The traced graph of a model of parity_models.py; Hugging Face's from their config, as a user's are."""
     here = Path(__file__).with_name("parity_models.py")
     if not model.startswith("hf_"):
-        return trace_model(f"{here}:{model}", seq_len=SEQ_LEN)
+        return traced(f"{here}:{model}", SEQ_LEN)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
         config.write_text(config_of(model))

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import _SP, config_of, plan_of, spec  # noqa: E402
+from cases import _SP, SEQ_LEN, config_of, graph_of, plan_of, spec, traced  # noqa: E402
 
 from planner.profiler.trace import trace_model  # noqa: E402
 from planner.runtime.errors import RuntimePlanError  # noqa: E402
@@ -32,7 +32,7 @@ def test_parameters_and_messages_are_exact(name: str) -> None:
     from planner.runtime.dry_run import meta_model, run_rank
     from planner.runtime.predicted import predicted_rank
 
-    plan = plan_of("", PLANS[name], trace_model(str(MODEL), seq_len=16))
+    plan = plan_of("", PLANS[name], traced(str(MODEL), SEQ_LEN))
     for rank in range(plan.decisions.pp):
         found, wanted = run_rank(plan, meta_model(str(MODEL), plan), rank), predicted_rank(plan, rank)
         assert (found.num_params, found.shard_params) == (wanted.num_params, wanted.shard_params)
@@ -57,10 +57,12 @@ def test_expert_messages_are_exact(name: str, tmp_path: Path) -> None:
 
     model, decisions = EXPERTS[name]
     source = str(MODEL.with_name("listed_model.py"))
-    if model != "listed":
-        source = str(tmp_path / "config.json")
+    if model == "listed":
+        graph = traced(source, SEQ_LEN)
+    else:
+        source, graph = str(tmp_path / "config.json"), graph_of(model)
         Path(source).write_text(config_of(model))
-    plan = plan_of("", decisions, trace_model(source, seq_len=16))
+    plan = plan_of("", decisions, graph)
     found = run_rank(plan, meta_model(source, plan), 0)
     wanted = predicted_rank(plan, 0, found.uneven)
     assert (found.num_params, found.shard_params) == (wanted.num_params, wanted.shard_params)
@@ -114,6 +116,6 @@ def test_wrong_number_of_ranks_is_one_line() -> None:
     """--ranks must be the plan's."""
     from planner.runtime.dry_run import dry_run
 
-    plan = plan_of("", PLANS["tp"], trace_model(str(MODEL), seq_len=16))
+    plan = plan_of("", PLANS["tp"], traced(str(MODEL), SEQ_LEN))
     with pytest.raises(RuntimePlanError, match="--ranks 3: the plan is for 2 ranks"):
         dry_run(plan, 3, str(MODEL))

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import _SP, case, spec  # noqa: E402
+from cases import _SP, case, spec, traced  # noqa: E402
 from worlds import run_world  # noqa: E402
 
 from planner.build import Job  # noqa: E402
@@ -23,7 +23,6 @@ from planner.costmodel.estimate import machine_for  # noqa: E402
 from planner.costmodel.presets import load_cluster  # noqa: E402
 from planner.lengths import from_samples  # noqa: E402
 from planner.plan import GroupKind, encode_plan  # noqa: E402
-from planner.profiler.trace import trace_model  # noqa: E402
 from planner.space import Limits  # noqa: E402
 
 LIMIT = 1e-9  # relative to the largest element of a tensor
@@ -71,7 +70,7 @@ def documents() -> np.ndarray:
 
 def bucket_plan(path: Path, ranks: int, degrees: list[tuple[int, int]], zero: int) -> Path:
     """A plan with buckets for `ranks` GPUs, whose dispatcher may form groups of `degrees` only."""
-    graph = trace_model(str(MODEL), seq_len=256)
+    graph = traced(str(MODEL), 256)
     machine = machine_for(graph, load_cluster("h100"), get_engine("planner"), ranks)
     job = Job(graph=graph, machine=machine, global_batch_size=ranks, memory_margin_frac=0.05)
     args = argparse.Namespace(tokens_per_step=900, global_batch=None, gap=0.01, time_limit=30.0, executable_only=True)

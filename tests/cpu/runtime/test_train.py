@@ -17,13 +17,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import _SP, _V, case, plan_of, spec  # noqa: E402, F401
+from cases import _SP, _V, SEQ_LEN, config_of, plan_of, spec, traced  # noqa: E402
 from worlds import free_port, run_world  # noqa: E402
 
 from planner.costmodel.pipeline import ScheduleKind  # noqa: E402
 from planner.costmodel.strategy import PlanSpec  # noqa: E402
 from planner.plan import encode_plan  # noqa: E402
-from planner.profiler.trace import trace_model  # noqa: E402
 from planner.runtime.train import dropout_seed  # noqa: E402
 
 MODEL = Path(__file__).with_name("train_model.py")
@@ -39,7 +38,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("plans")
-    graph = trace_model(str(MODEL), seq_len=16)
+    graph = traced(str(MODEL), SEQ_LEN)
     found = {}
     for name, plan in {**PLANS, "one": spec()}.items():
         path = folder / f"{name}.json"
@@ -87,18 +86,13 @@ def test_every_plan_learns_alike_and_resumes_any_other(plans: dict[str, str], tm
 
 def hf_run(folder: Path, model: str, plan: PlanSpec, *more: str) -> tuple[list[str], list[str]]:
     """Arguments of a run of a Hugging Face config under `plan`, and of the same in one process."""
-    import parity_models
-
     folder.mkdir()
-    built = getattr(parity_models, model)()
-    built.config.architectures = [type(built).__name__]
-    (folder / "config.json").write_text(built.config.to_json_string(use_diff=False))
+    (folder / "config.json").write_text(config_of(model))
     np.save(folder / "tokens.npy", np.arange(4000, dtype=np.uint16) * 7 % 96)
-    graph = trace_model(str(folder / "config.json"), seq_len=16)
     found = []
     for name, decisions in (("plan", plan), ("one", spec())):
         path = folder / f"{name}.json"
-        path.write_bytes(encode_plan(plan_of("", decisions, graph)))
+        path.write_bytes(encode_plan(plan_of(model, decisions)))
         options = ["--data", str(folder / "tokens.npy"), *more]
         found.append([str(folder / "config.json"), *arguments(str(path), folder / f"{name} out", 3)[1:], *options])
     return found[0], found[1]
@@ -114,7 +108,7 @@ def test_hugging_face_configs_and_dropout(tmp_path: Path) -> None:
     runs = [hf_run(tmp_path / model, model, plan, *later.get(model, ())) for model, plan in hf.items()]
     source = f"{MODEL}:with_dropout"
     plan = tmp_path / "dropout.json"
-    plan.write_bytes(encode_plan(plan_of("", spec(dp_shard=2, zero_stage=3), trace_model(source, seq_len=16))))
+    plan.write_bytes(encode_plan(plan_of("", spec(dp_shard=2, zero_stage=3), traced(source, SEQ_LEN))))
     unbroken = [source, *arguments(str(plan), tmp_path / "unbroken", 4, "--save-every", "2")[1:]]
     step = "checkpoints/step-00000002"
     resumed: list[object] = [
@@ -225,7 +219,7 @@ def test_killed_ranks_restart_from_the_last_commit(plans: dict[str, str], tmp_pa
     ]  # fmt: skip
     plan = tmp_path / "two.json"
     two = spec(pp=2, schedule=ScheduleKind.ZB_H1)
-    plan.write_bytes(encode_plan(plan_of("", two, trace_model(str(MODEL), seq_len=16))))
+    plan.write_bytes(encode_plan(plan_of("", two, traced(str(MODEL), SEQ_LEN))))
     env = {**os.environ, "TEST_BOMBS": str(bombs), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "killed"
     args = arguments(str(plan), out, 8, "--save-every", "2")
