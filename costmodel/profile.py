@@ -24,6 +24,7 @@ SCHEMA = "planner.profile/1"
 MAX_BYTES = 64 * 2**20
 PLATFORMS = ("cpu", "cuda")
 RUNTIME = ("plain", "shard", "tp", "sp", "cp")
+PER_STAGE = 2  # micro-batches for every stage of "pp/step"
 _GROUP = ("num_bytes", "ranks", "stride")
 # Every kind of sample with the sizes that it has; `name` says which collective, op or layer.
 DIMS: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("causal/forward", "causal/backward", "full/forward", "full/backward"),
     "memory": ("elementwise", "norm", "softmax", "embedding", "loss"),
     "copy": ("h2d", "d2h"),
-    "runtime": tuple(f"{option}/{way}" for option in RUNTIME for way in ("forward", "backward")),
+    "runtime": (*(f"{option}/{way}" for option in RUNTIME for way in ("forward", "backward")), "pp/step"),
     **dict.fromkeys(("collective", "collective_pair", "collective_gemm"), COLLECTIVES),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.hardware import ClusterSpec
-from planner.costmodel.profile import Profile, Sample
+from planner.costmodel.profile import PER_STAGE, Profile, Sample
 from planner.costmodel.profiled import describes, world_of
 
 _OVERLAPS = ("overlap_tp", "overlap_tp_column", "overlap_cp", "overlap_ep", "overlap_p2p", "overlap_p2p_interleaved",
@@ -24,7 +24,7 @@ def fit_engine(engine: EngineSpec, profile: Profile, cluster: ClusterSpec, num_g
     Where compute is on the host, launches are part of every measured time, and the rest of its time hides nowhere.
     """
     world = world_of(profile, cluster, num_gpus)
-    samples = _taken_with(profile, cluster, world)
+    samples, cores = _taken_with(profile, cluster, world), _cores(profile, cluster)
     changes: dict[str, Any] = {}
     launch = [s.time_s for s in samples if s.kind == "launch"]
     if cluster.device.name == "cpu":
@@ -33,7 +33,7 @@ def fit_engine(engine: EngineSpec, profile: Profile, cluster: ClusterSpec, num_g
         engine = replace(engine, **blocking)
     elif launch:
         changes["host_launch_s"] = float(np.median(launch))
-    changes |= _host(samples, world) or _host_of_others(profile, cluster, world)
+    changes |= _host(samples, world, cores) or _host_of_others(profile, cluster, world)
     hidden = hidden_frac(samples)
     if hidden is not None:
         changes |= {name: min(getattr(engine, name), hidden) for name in _OVERLAPS}
@@ -50,19 +50,25 @@ def _host_of_others(profile: Profile, cluster: ClusterSpec, world: int) -> dict[
     shared = cluster.device.name == "cpu"
     ranks = {one.ranks for one in profile.conditions if describes(one, cluster)} - {world}
     for other in sorted(ranks, key=lambda r: abs(np.log(r / world))):
-        found = _host(_taken_with(profile, cluster, other), other)
+        found = _host(_taken_with(profile, cluster, other), other, _cores(profile, cluster))
         scale = world / other if shared else 1.0
         if found:
             cut = {option: tuple(scale * s for s in both) for option, both in found["host_cut_s"].items()}
-            return {"host_shard_s": tuple(scale * s for s in found["host_shard_s"]), "host_cut_s": cut}
+            shard = tuple(scale * s for s in found["host_shard_s"])
+            return {"host_shard_s": shard, "host_cut_s": cut, "host_stage_s": scale * found["host_stage_s"]}
     return {}
+
+
+def _cores(profile: Profile, cluster: ClusterSpec) -> int:
+    """Devices of a node that the ranks share, or have to themselves."""
+    return max((one.devices_per_node for one in profile.conditions if describes(one, cluster)), default=1)
 
 
 # Collectives in a layer's forward, and as many in its backward, by the option that cuts it (costmodel.layer_comm).
 _IN_A_LAYER = {"tp": {"all_reduce": 2}, "sp": {"all_gather": 2, "reduce_scatter": 2}, "cp": {"all_to_all": 4}}
 
 
-def _host(samples: Sequence[Sample], world: int) -> dict[str, Any]:
+def _host(samples: Sequence[Sample], world: int, cores: int) -> dict[str, Any]:
     """Host times from a small model under each option: what it took longer than without, and than its collectives.
 
     Every option is over all `world` ranks. {} when the model was not measured without any, and under FSDP2.
@@ -87,7 +93,22 @@ def _host(samples: Sequence[Sample], world: int) -> dict[str, Any]:
         cut[option] = tuple(
             max(more_s(option, way) - part, 0.0) / ops for way, part in zip(ways, known, strict=True)
         )
-    return {"host_shard_s": shard, "host_cut_s": cut}
+    return {"host_shard_s": shard, "host_cut_s": cut, "host_stage_s": _stage_s(rows, samples, world, cores)}
+
+
+def _stage_s(rows: Mapping[str, Sample], samples: Sequence[Sample], world: int, cores: int) -> float:
+    """Host time of a stage for one pass of a micro-batch, from a pipeline over all ranks; 0 if none was measured.
+
+    Of m micro-batches on p stages 1F1B takes m + p - 1 times a stage's (Narayanan et al. 2021, section 2.2.1). Where
+    stages share cores, kernels were measured as slow as they are with all of them busy: then the step is the mean
+    stage's work, or the pipeline with a core to every stage, if that is longer.
+    """
+    if "pp/step" not in rows:
+        return 0.0
+    count, share = PER_STAGE * world, max(world / cores, 1.0)
+    both_s = rows["pp/step"].time_s / max(count, (count + world - 1) / share)
+    kernels_s = sum(rows[f"plain/{way}"].time_s for way in ("forward", "backward")) / world
+    return max((both_s - kernels_s) / 2 - _latency_s(samples, "send_recv", 2), 0.0)
 
 
 def _latency_s(samples: Sequence[Sample], name: str, ranks: int) -> float:

@@ -263,11 +263,11 @@ def boundary_bytes(prices: Prices) -> Array:
 
 
 def p2p_s(boundary: Array, pp: Array, vpp: Array, machine: Machine) -> Array:
-    """Blocking share of one transfer of `boundary` bytes between neighbouring stages."""
+    """Blocking share of a transfer of `boundary` bytes between neighbouring stages, with the host's time for a pass."""
     engine = machine.engine
     hop = comm.send_recv_s(machine.cluster, machine.domains, boundary, machine.num_gpus / pp)
     hidden = np.where(vpp > 1, engine.overlap_p2p_interleaved, engine.overlap_p2p)
-    total: Array = np.where(pp > 1, hop * (1.0 - hidden), 0.0)
+    total: Array = np.where(pp > 1, hop * (1.0 - hidden) + engine.host_stage_s, 0.0)
     return total
 
 

@@ -27,13 +27,16 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.profile import Conditions, Profile, Sample, make_profile, merge
+from planner.profiler.awake import cores_awake
 from planner.profiler.cases import Case, comm_cases, layer_cases, op_cases, runtime_cases, weighted
 from planner.profiler.errors import TraceError
-from planner.profiler.trace import child_environment
+from planner.profiler.graph_io import encode_graph
+from planner.profiler.trace import child_environment, trace_model
 
 WHAT = ("ops", "comm", "model", "all")
 _LONGEST_FRAC = 0.01  # of the budget: a kernel expected to run longer for one call is left out
 INTERRUPTED = "interrupted"  # what `died` says after Ctrl-C
+_REFERENCE = Path(__file__).parent / "reference" / "model.py"
 _GRACE_S = 20.0  # beyond the budget: the last measurement, and the end of the ranks
 
 
@@ -140,6 +143,7 @@ def measure_cases(
         "source": str(Path(request.source).resolve()) if request.source else "",
         "seq_len": request.graph.traced_seq_len if request.graph else 0,
         "rendezvous": "env://",
+        "reference": traced_reference() if any(case.kind == "runtime" for case in cases) else "",
     }
     with tempfile.TemporaryDirectory(prefix="planner-profile-") as folder:
         out = Path(folder) / "out.jsonl"
@@ -153,6 +157,11 @@ def measure_cases(
         nothing = Profile(tool_version=request.tool_version, conditions=(), samples=())
         return Outcome(profile=nothing, measured=0, settled=True, failed=(), died="")
     return collector.outcome(died)
+
+
+def traced_reference() -> str:
+    """The graph of the small model that tells what the runtime costs the host, as JSON."""
+    return encode_graph(trace_model(f"{_REFERENCE}:Reference")).decode()
 
 
 def under_torchrun() -> bool:
@@ -250,12 +259,14 @@ def _as_a_rank(spec: dict[str, Any], out: Path, collector: _Collector) -> str:
     """Be one rank of torchrun's; only rank 0 has anything to tell afterwards."""
     from planner.profiler import worker
 
-    if os.environ["RANK"] == "0":
-        with out.open("a", encoding="utf-8") as file:
-            worker.run(worker.read_spec(json.dumps(spec)), file)
-        collector.take(out.read_text())
-    else:
-        worker.run(worker.read_spec(json.dumps(spec)), None)
+    here = spec["platform"] == "cpu" and os.environ.get("LOCAL_RANK", "0") == "0"
+    with cores_awake() if here else contextlib.nullcontext():
+        if os.environ["RANK"] == "0":
+            with out.open("a", encoding="utf-8") as file:
+                worker.run(worker.read_spec(json.dumps(spec)), file)
+            collector.take(out.read_text())
+        else:
+            worker.run(worker.read_spec(json.dumps(spec)), None)
     return ""
 
 
@@ -299,7 +310,7 @@ def ranks_of(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process a rank of `python -m command`, stderr in `folder`; all are gone at the end, whatever happened.
 
-    SIGTERM to this process counts as Ctrl-C meanwhile.
+    SIGTERM to this process counts as Ctrl-C meanwhile. On a CPU the cores are kept awake.
     """
     base = child_environment()
     if platform == "cuda":
@@ -308,6 +319,7 @@ def ranks_of(
             base.update({name: os.environ[name]} if name in os.environ else {})
     base["OMP_NUM_THREADS"] = str(threads)
     started: list[subprocess.Popen[bytes]] = []
+    awake = cores_awake() if platform == "cpu" else contextlib.nullcontext()
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
@@ -320,7 +332,8 @@ def ranks_of(
                         stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
                     )
                 )  # fmt: skip
-        yield started
+        with awake:
+            yield started
     finally:
         for child in started:
             with contextlib.suppress(ProcessLookupError, PermissionError):

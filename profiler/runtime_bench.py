@@ -2,33 +2,26 @@
 
 "plain" is the model alone; "shard" has its layers under FSDP2, as data parallelism has them; "tp", "sp" (tp with
 sequence parallelism) and "cp" (Ulysses) run it on parts of tensors over all ranks, by the runtime's rules and with real
-collectives of next to no bytes. All of one micro-batch that reduces no gradients.
+collectives of next to no bytes. All of one micro-batch that reduces no gradients. "pp" is a pipeline over all ranks,
+1F1B with two micro-batches for every stage.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from planner.costmodel.graph import ModelGraph
+from planner.costmodel.profile import PER_STAGE
 from planner.costmodel.strategy import LayerStrategy, PlanSpec
 from planner.profiler.cases import Case
+from planner.profiler.graph_io import decode_graph
 from planner.profiler.reference import model as reference
 from planner.profiler.timing import Job, Work
-
-
-@cache
-def reference_graph() -> ModelGraph:
-    """The traced reference model."""
-    from planner.profiler.child import trace
-    from planner.profiler.graph_io import decode_graph
-
-    path = Path(reference.__file__)
-    return decode_graph(trace(path, "Reference", reference.SEQ_LEN, 1))
 
 
 def plan_spec(variant: str, world: int) -> PlanSpec:
@@ -38,15 +31,18 @@ def plan_spec(variant: str, world: int) -> PlanSpec:
         "tp": {"tp": world},
         "sp": {"tp": world, "sequence_parallel": True},
         "cp": {"ulysses": world},
+        "pp": {"pp": world},
     }
+    batch = {"shard": world, "pp": PER_STAGE * world}.get(variant, 1)
+    ends = np.linspace(0, reference.LAYERS, degrees[variant].get("pp", 1) + 1).astype(int).tolist()
     return PlanSpec(
-        global_batch_size=world if variant == "shard" else 1, stage_layers=((0, reference.LAYERS),),
+        global_batch_size=batch, stage_layers=tuple(itertools.pairwise(ends)),
         layers=(LayerStrategy(recompute="none"),) * reference.LAYERS, **degrees[variant],
     )  # fmt: skip
 
 
 @cache
-def _forward(variant: str, device: torch.device, world: int) -> Callable[[], torch.Tensor]:
+def _forward(variant: str, device: torch.device, world: int, graph: str) -> Callable[[], torch.Tensor]:
     """The loss of one micro-batch of the model under a variant."""
     from planner.runtime.apply import parallelize
     from planner.runtime.parallel import next_token_loss
@@ -58,7 +54,7 @@ def _forward(variant: str, device: torch.device, world: int) -> Callable[[], tor
     if variant == "plain":
         model.to(device)
         return lambda: next_token_loss(model(tokens), tokens)
-    parallel = parallelize(model, plan_spec(variant, world), reference_graph(), device=device)
+    parallel = parallelize(model, plan_spec(variant, world), decode_graph(graph.encode()), device=device)
 
     def forward() -> torch.Tensor:
         before_backward(model, parallel.spec, last=False)
@@ -67,10 +63,22 @@ def _forward(variant: str, device: torch.device, world: int) -> Callable[[], tor
     return forward
 
 
-def make_runtime(case: Case, device: torch.device, world: int) -> Job:
-    """The job of a variant, forward or backward."""
+def _step(device: torch.device, world: int, graph: str) -> Work:
+    """All micro-batches of a pipeline, forward and backward."""
+    from planner.runtime.apply import parallelize
+
+    spec = plan_spec("pp", world)
+    parallel = parallelize(reference.Reference(), spec, decode_graph(graph.encode()), device=device)
+    tokens = torch.zeros((spec.global_batch_size, reference.SEQ_LEN), dtype=torch.int64, device=device)
+    return lambda: parallel.backward(tokens, tokens)
+
+
+def make_runtime(case: Case, device: torch.device, world: int, graph: str) -> Job:
+    """The job of a variant, forward or backward, with the reference model's graph as JSON."""
     variant, _, way = case.name.partition("/")
-    forward = _forward(variant, device, world)
+    if way == "step":
+        return Job(work=_step(device, world, graph))
+    forward = _forward(variant, device, world, graph)
 
     def prepare() -> Work:
         return forward().backward

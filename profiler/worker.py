@@ -35,6 +35,7 @@ class Spec:
     """What the ranks are told: cases, which of them are known already (index -> spread), and until when.
 
     `deadline_s`: on rank 0's monotonic clock. `rendezvous`: a file's URL, or env:// under torchrun.
+    `reference`: the small model's graph as JSON, "" if no case needs it.
     """
 
     cases: tuple[Case, ...]
@@ -45,6 +46,7 @@ class Spec:
     source: str
     seq_len: int
     rendezvous: str
+    reference: str
 
 
 def read_spec(text: str) -> Spec:
@@ -67,19 +69,20 @@ def run(spec: Spec, out: IO[str] | None) -> None:
     chooser = Chooser(spec.cases)
     for index, spread_frac in spec.known.items():
         chooser.measured(int(index), spread_frac)
-    _work(spec, chooser, _maker(spec, device, rank, world), Clock(device), Ranks(control, world), out)
+    turns = max(world / (os.cpu_count() or 1), 1.0) if device.type == "cpu" else 1.0  # ranks that share a core
+    maker, clock = _maker(spec, device, rank, world), Clock(device, turns)
+    _work(spec, chooser, maker, clock, Ranks(control, world), turns, out)
     if dist.is_initialized():
         dist.barrier(control)
         dist.destroy_process_group()
 
 
 def _work(
-    spec: Spec, chooser: Chooser, make: Callable[[Case], Job], clock: Clock, ranks: Ranks, out: IO[str] | None
-) -> None:
-    """Case after case, chosen by rank 0 (which has `out`) and followed by all."""
-    # Ranks that share cores take turns: a window must be long against a turn.
-    shared = spec.platform == "cpu" and ranks.size > (os.cpu_count() or 1)
-    window_s = WINDOW_S * (ranks.size / (os.cpu_count() or 1) if shared else 1.0)
+    spec: Spec, chooser: Chooser, make: Callable[[Case], Job], clock: Clock, ranks: Ranks, turns: float,
+    out: IO[str] | None,
+) -> None:  # fmt: skip
+    """Case after case, chosen by rank 0 (which has `out`) and followed by all; windows as long as so many turns."""
+    window_s = turns * WINDOW_S
     while True:
         late = time.monotonic() >= spec.deadline_s
         chosen = None if late or out is None else chooser.next()
@@ -118,7 +121,7 @@ def _maker(spec: Spec, device: torch.device, rank: int, world: int) -> Callable[
         if case.kind.startswith("collective"):
             return make_comm(case, device, groups)
         if case.kind == "runtime":
-            return make_runtime(case, device, world)
+            return make_runtime(case, device, world, spec.reference)
         return bench.make(case) if case.kind == "layer" else make_op(case, device)
 
     return make

@@ -25,7 +25,7 @@ from planner.costmodel.profile import Profile, encode_profile
 from planner.errors import UserError
 from planner.files import check_writable, read_profile, write_atomic
 from planner.plan import encode_plan
-from planner.profiler.profile import Request, death, ranks_of, run_profile
+from planner.profiler.profile import INTERRUPTED, Request, death, ranks_of, run_profile
 from planner.profiler.trace import trace_model
 from planner.provenance import tool_version
 from planner.reports import loop_model
@@ -149,6 +149,8 @@ def _profile(
                 today=datetime.date.today().isoformat(), tool_version=tool_version(),
             )  # fmt: skip
             outcome = run_profile(request, profile)
+            if outcome.died == INTERRUPTED:
+                raise KeyboardInterrupt
             if outcome.died:
                 arguments.note(args, outcome.died)
             profile = outcome.profile

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 DTYPE = torch.float32
-GLOBAL_BATCH_SIZE = 16
+GLOBAL_BATCH_SIZE = 8
 SEQ_LENS = {"narrow": 128, "wide": 64, "long": 512}
 _VOCAB = 1024
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from planner.files import read_plan
 from planner.plan import Plan
+from planner.profiler.timing import Ranks
 from planner.runtime.apply import parallelize_plan
 from planner.runtime.data import Batches
 from planner.runtime.errors import RuntimePlanError
@@ -27,6 +28,7 @@ from planner.runtime.model_source import load_source
 from planner.runtime.parallel import Parallel
 
 WARM_UP = 2
+_STEPS_S, _MOST_STEPS = 2.0, 10  # short steps are repeated more often
 _TIMEOUT_S = 120.0
 
 
@@ -74,19 +76,18 @@ def _step(parallel: Parallel, batches: Batches, number: int) -> None:
 def _times(plan: Plan, spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of steps after warm-up, all ranks at a barrier before each; the slowest rank counts.
 
-    On a GPU also the peak bytes of its allocator.
+    At least `steps` of them and as many as fit into _STEPS_S. On a GPU also the peak bytes of its allocator.
     """
     parallel, batches = _apply(plan, spec["model"], device)
-    times = []
-    for number in range(WARM_UP + spec["steps"]):
-        dist.barrier()
+    ranks = Ranks(dist.group.WORLD, dist.get_world_size())
+    times: list[float] = []
+    while len(times) < WARM_UP + spec["steps"] or (sum(times) < _STEPS_S and len(times) < WARM_UP + _MOST_STEPS):
+        ranks.barrier()
         start_s = time.perf_counter()
-        _step(parallel, batches, number)
+        _step(parallel, batches, len(times))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        took = torch.tensor([time.perf_counter() - start_s], dtype=torch.float64)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        times.append(float(took))
+        times.append(ranks.largest(time.perf_counter() - start_s))
     found: dict[str, Any] = {"step_s": times[WARM_UP:]}
     if device.type == "cuda":
         peaks: list[Any] = [None] * dist.get_world_size()

@@ -20,11 +20,11 @@ from planner.costmodel.presets import load_cluster
 from planner.costmodel.profile import decode_profile
 from planner.files import read_plan
 from planner.profiler.cases import Case, layer_cases, runtime_cases
+from planner.profiler.graph_io import decode_graph
 from planner.profiler.import_kineto import import_trace
 from planner.profiler.model_bench import Bench
 from planner.profiler.ops import make_op
-from planner.profiler.profile import Outcome, Request, measure_cases, run_profile
-from planner.profiler.runtime_bench import reference_graph
+from planner.profiler.profile import Outcome, Request, measure_cases, run_profile, traced_reference
 from planner.profiler.timing import Clock, Job, Ranks, measure, summary
 from planner.profiler.trace import trace_model
 
@@ -153,9 +153,9 @@ def test_what_the_runtime_costs_the_host_is_measured() -> None:
     """A small model under every option, and the figures that turn its times into those of an op."""
     cases = runtime_cases(2)
     found = measure_cases(request_of(2, 120.0), cases)
-    assert not found.failed and not found.died and found.measured == len(cases) == 10
+    assert not found.failed and not found.died and found.measured == len(cases) == 11
     engine = get_engine("planner")
-    graph = reference_graph()
+    graph = decode_graph(traced_reference().encode())
     assert {(len(graph.layer_classes), layer_facts(c, engine).launches) for c in graph.classes} == {
         (cases[0].dims["layers"], cases[0].dims["ops"])
     }

@@ -17,6 +17,7 @@ from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import price_layer
 from planner.costmodel.profile import DIMS, Conditions, Profile, Sample, make_profile
 from planner.costmodel.profiled_engine import fit_engine
+from planner.costmodel.rates import p2p_s
 from planner.costmodel.state import StateLayout, gather_s, layer_sync_s
 
 CPU = Conditions(platform="cpu", device="some CPU", devices_per_node=2, memory_bytes=2**34, backend="gloo", ranks=2,
@@ -38,9 +39,10 @@ def profile() -> Profile:
         for option, both in ms.items()
         for way, t in zip(WAYS, both, strict=True)
     ]
+    rows.append(sample("runtime", "pp/step", (8, 15), 0.1))
     rows += [
         sample("collective", name, (num_bytes, 2, 1), num_bytes / 4096 * 1e-3)
-        for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
         for num_bytes in (4096, 65536)
     ]
     return make_profile("1", (CPU,), tuple(rows))
@@ -53,10 +55,16 @@ def test_host_times_are_what_is_left_beside_kernels_and_collectives() -> None:
     assert engine.host_cut_s["sp"] == pytest.approx(((56e-3 / 8 - 4e-3) / 15, 0.0))
     # Ulysses: 4 exchanges, and context ranks are data ranks to FSDP2
     assert engine.host_cut_s["cp"] == pytest.approx(((52e-3 / 8 - 4.5e-3) / 15, (42e-3 / 8 - 4.25e-3) / 15))
+    # 4 micro-batches on 2 stages take 5 passes of 20 ms, 12 of them kernels, 2 messages
+    assert engine.host_stage_s == pytest.approx((20e-3 - 12e-3) / 2 - 1e-3)
     assert engine.overlap_zero3 == engine.overlap_grad_reduce == engine.overlap_param_gather == 0.0
     eight = replace(profile(), conditions=(*profile().conditions, replace(CPU, ranks=8)))
     assert fit_engine(get_engine("planner"), eight, load_cluster("cpu-gloo"), 8).host_shard_s == pytest.approx(
         tuple(4 * s for s in engine.host_shard_s)  # not measured with 8 ranks, which take turns
+    )
+    one_core = replace(profile(), conditions=(replace(CPU, devices_per_node=1),))  # works for both stages in turn
+    assert fit_engine(get_engine("planner"), one_core, load_cluster("cpu-gloo"), 2).host_stage_s == pytest.approx(
+        (100e-3 / 4 - 12e-3) / 2 - 1e-3
     )
     gpu = replace(CPU, platform="cuda", device="NVIDIA H100")
     other = replace(profile(), conditions=(gpu, replace(CPU, ranks=8)))  # the small model ran on another device
@@ -79,6 +87,14 @@ def test_plans_that_cut_tensors_pay_for_it() -> None:
         assert paid.backward_input_s - not_paid.backward_input_s == pytest.approx(facts.launches * backward)
         assert paid.redo[2] - not_paid.redo[2] == pytest.approx(facts.launches * forward)  # recomputed by the rules too
     assert host_cut_s(facts, keys(), machine)[0] == 0
+
+
+def test_stages_pay_for_every_pass() -> None:
+    engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
+    machine = machine_for(graph(), load_cluster("cpu-gloo"), engine, 2)
+    free = replace(machine, engine=replace(engine, host_stage_s=0.0))
+    both = [p2p_s(np.ones(2) * 4096, np.array([1.0, 2.0]), np.ones(2), one) for one in (machine, free)]
+    assert (both[0] - both[1]).tolist() == pytest.approx([0.0, engine.host_stage_s])
 
 
 def layout(dp: int, zero: int) -> StateLayout:
