@@ -28,7 +28,7 @@ _MEMORY_BYTES = tuple(2.0**e for e in range(12, 29, 2))
 _COMM_BYTES = tuple(2.0**e for e in range(12, 27, 2))
 # What the cases of a kind weigh together: what is measured first before anything is known.
 _WEIGHTS = {"gemm": 1.0, "attention": 0.5, "layer": 2.0, "memory": 0.5, "optimizer": 0.3, "collective": 2.0,
-            "collective_pair": 0.1, "collective_gemm": 0.2, "launch": 0.2, "copy": 0.1, "runtime": 1.0}  # fmt: skip
+            "collective_pair": 0.1, "collective_gemm": 0.2, "launch": 0.2, "copy": 0.1, "runtime": 0.5}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_loop_closes(tmp_path: Path) -> None:
     done = run(
         tmp_path, *COMMAND, "calibrate-loop", "--ranks", "2", "--models", "narrow", "--plans", "3", "--rounds", "2",
-        "--steps", "1", "--budget", "20s", "--parts", "0.9", "-o", "loop.md", "--record", "record",
+        "--steps", "1", "--budget", "40s", "--parts", "0.9", "-o", "loop.md", "--record", "record",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "record" / "closed_loop.json").read_text())["rows"]
