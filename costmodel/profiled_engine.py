@@ -60,7 +60,9 @@ def _host_of_others(profile: Profile, cluster: ClusterSpec, world: int) -> dict[
 
 
 def _cores(profile: Profile, cluster: ClusterSpec) -> int:
-    """Devices of a node that the ranks share, or have to themselves."""
+    """Cores that ranks on a CPU share; 0 on other devices, which nobody shares."""
+    if cluster.device.name != "cpu":
+        return 0
     return max((one.devices_per_node for one in profile.conditions if describes(one, cluster)), default=1)
 
 
@@ -105,7 +107,7 @@ def _stage_s(rows: Mapping[str, Sample], samples: Sequence[Sample], world: int, 
     """
     if "pp/step" not in rows:
         return 0.0
-    count, share = PER_STAGE * world, max(world / cores, 1.0)
+    count, share = PER_STAGE * world, max(world / cores, 1.0) if cores else 1.0
     both_s = rows["pp/step"].time_s / max(count, (count + world - 1) / share)
     kernels_s = sum(rows[f"plain/{way}"].time_s for way in ("forward", "backward")) / world
     return max((both_s - kernels_s) / 2 - _latency_s(samples, "send_recv", 2), 0.0)

@@ -16,15 +16,19 @@ _SPIN = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n
 
 
 @contextlib.contextmanager
-def cores_awake() -> Iterator[None]:
-    """Keep every core busy meanwhile with a process that gives way to anything else (SCHED_IDLE, Linux only)."""
+def cores_awake(count: int) -> Iterator[None]:
+    """Keep `count` cores, or all if there are fewer, busy meanwhile with processes that give way to anything else.
+
+    SCHED_IDLE, which only Linux has. More cores than the timed work uses would lower clocks and eat the share of a
+    container.
+    """
     if not hasattr(os, "SCHED_IDLE"):
         yield
         return
     command = [sys.executable, "-I", "-S", "-c", _SPIN.format(parent=os.getpid())]
     spinning = [
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(os.cpu_count() or 1)
+        for _ in range(min(count, len(os.sched_getaffinity(0))))
     ]
     try:
         yield

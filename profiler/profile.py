@@ -134,16 +134,18 @@ def measure_cases(
     """Measure these cases, as `run_profile`."""
     start_s = time.monotonic()
     collector = _Collector(request, cases, known, on_progress, start_s)
+    done = _known(request, cases, known)
+    needed = any(case.kind == "runtime" and str(i) not in done for i, case in enumerate(cases))
     spec = {
         "cases": [dataclasses.asdict(case) for case in cases],
-        "known": _known(request, cases, known),
+        "known": done,
         "deadline_s": start_s + request.budget_s,
         "platform": request.platform,
         "threads": request.threads,
         "source": str(Path(request.source).resolve()) if request.source else "",
         "seq_len": request.graph.traced_seq_len if request.graph else 0,
         "rendezvous": "env://",
-        "reference": traced_reference() if any(case.kind == "runtime" for case in cases) else "",
+        "reference": traced_reference() if needed else "",
     }
     with tempfile.TemporaryDirectory(prefix="planner-profile-") as folder:
         out = Path(folder) / "out.jsonl"
@@ -260,7 +262,8 @@ def _as_a_rank(spec: dict[str, Any], out: Path, collector: _Collector) -> str:
     from planner.profiler import worker
 
     here = spec["platform"] == "cpu" and os.environ.get("LOCAL_RANK", "0") == "0"
-    with cores_awake() if here else contextlib.nullcontext():
+    cores = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) * spec["threads"]
+    with cores_awake(cores) if here else contextlib.nullcontext():
         if os.environ["RANK"] == "0":
             with out.open("a", encoding="utf-8") as file:
                 worker.run(worker.read_spec(json.dumps(spec)), file)
@@ -319,7 +322,7 @@ def ranks_of(
             base.update({name: os.environ[name]} if name in os.environ else {})
     base["OMP_NUM_THREADS"] = str(threads)
     started: list[subprocess.Popen[bytes]] = []
-    awake = cores_awake() if platform == "cpu" else contextlib.nullcontext()
+    awake = cores_awake(ranks * threads) if platform == "cpu" else contextlib.nullcontext()
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:

@@ -63,12 +63,12 @@ class Clock:
     """
 
     def __init__(self, device: torch.device, turns: float = 1.0) -> None:
-        self._cuda, self._turns = device.type == "cuda", turns
+        self._cuda, self.turns = device.type == "cuda", turns
 
     def mark(self) -> float | torch.cuda.Event:
         """Now, in the order of the device's work."""
         if not self._cuda:
-            return self._turns * time.process_time() if self._turns > 1 else time.perf_counter()
+            return self.turns * time.process_time() if self.turns > 1 else time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

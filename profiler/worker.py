@@ -69,20 +69,19 @@ def run(spec: Spec, out: IO[str] | None) -> None:
     chooser = Chooser(spec.cases)
     for index, spread_frac in spec.known.items():
         chooser.measured(int(index), spread_frac)
-    turns = max(world / (os.cpu_count() or 1), 1.0) if device.type == "cpu" else 1.0  # ranks that share a core
-    maker, clock = _maker(spec, device, rank, world), Clock(device, turns)
-    _work(spec, chooser, maker, clock, Ranks(control, world), turns, out)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    turns = max(here / (os.cpu_count() or 1), 1.0) if device.type == "cpu" else 1.0
+    _work(spec, chooser, _maker(spec, device, rank, world), Clock(device, turns), Ranks(control, world), out)
     if dist.is_initialized():
         dist.barrier(control)
         dist.destroy_process_group()
 
 
 def _work(
-    spec: Spec, chooser: Chooser, make: Callable[[Case], Job], clock: Clock, ranks: Ranks, turns: float,
-    out: IO[str] | None,
-) -> None:  # fmt: skip
-    """Case after case, chosen by rank 0 (which has `out`) and followed by all; windows as long as so many turns."""
-    window_s = turns * WINDOW_S
+    spec: Spec, chooser: Chooser, make: Callable[[Case], Job], clock: Clock, ranks: Ranks, out: IO[str] | None
+) -> None:
+    """Case after case, chosen by rank 0 (which has `out`) and followed by all."""
+    window_s = clock.turns * WINDOW_S  # long against a turn on a shared core
     while True:
         late = time.monotonic() >= spec.deadline_s
         chosen = None if late or out is None else chooser.next()

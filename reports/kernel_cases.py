@@ -219,7 +219,7 @@ def _slstm_loop(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 
 
 def _flashrnn(function: str) -> Mapping[str, tuple[str, Call]]:
-    """As its README has the call; measured only where it is installed (its licence is not free)."""
+    """As its README has the call; measured only where it is installed."""
 
     def call(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         from flashrnn import flashrnn

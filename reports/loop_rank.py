@@ -76,7 +76,8 @@ def _step(parallel: Parallel, batches: Batches, number: int) -> None:
 def _times(plan: Plan, spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of steps after warm-up, all ranks at a barrier before each; the slowest rank counts.
 
-    At least `steps` of them and as many as fit into _STEPS_S. On a GPU also the peak bytes of its allocator.
+    At least `steps` of them and as many as fit into _STEPS_S with the warm-up. On a GPU also the peak bytes of its
+    allocator.
     """
     parallel, batches = _apply(plan, spec["model"], device)
     ranks = Ranks(dist.group.WORLD, dist.get_world_size())

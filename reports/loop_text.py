@@ -110,8 +110,8 @@ def _head(facts: dict[str, Any]) -> list[str]:
         "reports/measured/closed_loop.json, drawn in plots/closed_loop.png. Nothing is fitted to the runs.",
         "",
         f"{facts['date']}, {facts['device']}, {facts['cores']} cores, gloo; profile of {facts['samples']} samples in "
-        f"{facts['profile_s']:.0f} s; {facts['rounds']} rounds of {facts['steps']} timed steps, interleaved; load "
-        f"average before the start {facts['load_before']:.1f}, highest {load:.1f}.",
+        f"{facts['profile_s']:.0f} s; {facts['rounds']} rounds of at least {facts['steps']} timed steps, interleaved; "
+        f"load average before the start {facts['load_before']:.1f}, highest {load:.1f}.",
     ]
     if busy:
         lines += ["", "**The machine was busy with other work: these timings show that the loop works, not how good "

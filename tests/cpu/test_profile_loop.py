@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from planner.costmodel.profile import decode_profile
+import pytest
+from plans import graph
+
+from planner.costmodel.profile import Profile, decode_profile
+from planner.profiler.profile import INTERRUPTED, Outcome
+from planner.reports import closed_loop
 
 COMMAND = [sys.executable, "-c", "import sys; from planner.cli import entry; sys.exit(entry())"]
 
@@ -22,7 +28,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def test_the_loop_closes(tmp_path: Path) -> None:
     done = run(
         tmp_path, *COMMAND, "calibrate-loop", "--ranks", "2", "--models", "narrow", "--plans", "3", "--rounds", "2",
-        "--steps", "1", "--budget", "40s", "--parts", "0.9", "-o", "loop.md", "--record", "record",
+        "--steps", "1", "--budget", "20s", "--parts", "0.9", "-o", "loop.md", "--record", "record",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "record" / "closed_loop.json").read_text())["rows"]
@@ -30,6 +36,20 @@ def test_the_loop_closes(tmp_path: Path) -> None:
     assert all(row["peak_bytes"] > 0 for row in rows)
     assert decode_profile((tmp_path / "record" / "closed_loop_profile.json").read_bytes(), "p").samples
     assert "## Against the targets" in (tmp_path / "loop.md").read_text()
+
+
+def test_an_interruption_while_it_profiles_ends_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nothing = Profile(tool_version="1", conditions=(), samples=())
+    stopped = Outcome(profile=nothing, measured=0, settled=False, failed=(), died=INTERRUPTED)
+    monkeypatch.setattr(closed_loop, "run_profile", lambda request, known: stopped)
+    monkeypatch.setattr(closed_loop, "trace_model", lambda source, seq_len: graph())
+    parser = argparse.ArgumentParser()
+    closed_loop.add_arguments(parser)
+    record = tmp_path / "record"
+    args = parser.parse_args(["--ranks", "2", "-o", str(tmp_path / "loop.md"), "--record", str(record)])
+    with pytest.raises(KeyboardInterrupt):
+        closed_loop.main(args)
+    assert not list(record.glob("closed_loop*")) and not list(record.glob("progress/profile-*"))
 
 
 def test_the_gpu_check_runs_on_a_cpu(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from planner.costmodel.engine import get_engine
+from planner.costmodel.estimate import machine_for
 from planner.costmodel.facts import layer_facts
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.profile import decode_profile
 from planner.files import read_plan
+from planner.profiler.awake import cores_awake
 from planner.profiler.cases import Case, layer_cases, runtime_cases
 from planner.profiler.graph_io import decode_graph
 from planner.profiler.import_kineto import import_trace
@@ -92,6 +94,34 @@ def test_only_what_is_prepared_counts() -> None:
     assert 0.005 <= measure(Job(prepare=prepare), Clock(CPU), ALONE, repeats=3).time_s < 0.015  # type: ignore[arg-type]
 
 
+def test_ranks_that_share_a_core_count_their_own_work() -> None:
+    """A rank that waits lets another work; its own work takes a turn for each of them."""
+    shared = Clock(CPU, turns=4.0)
+    assert shared.timed_s(lambda: time.sleep(0.2)) < 0.1
+
+    def work() -> None:
+        end_s = time.process_time() + 0.02
+        while time.process_time() < end_s:
+            pass
+
+    assert shared.timed_s(work) >= 4 * 0.02
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the scheduler has no idle class here")
+def test_cores_are_awake_while_ranks_run_and_nobody_is_left() -> None:
+    def spinning() -> list[int]:
+        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        return [int(pid) for pid in found if os.sched_getscheduler(int(pid)) == os.SCHED_IDLE]
+
+    with cores_awake(1):
+        deadline = time.monotonic() + 30
+        while not spinning():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert len(spinning()) == 1
+    assert not spinning()
+
+
 def test_noise_and_throttling_are_said() -> None:
     assert summary([1.0, 1.01, 0.99, 1.0, 1.0]).note == ""
     assert "noisy" in summary([1.0, 2.0, 0.6, 1.5, 0.7]).note
@@ -154,8 +184,8 @@ def test_what_the_runtime_costs_the_host_is_measured() -> None:
     cases = runtime_cases(2)
     found = measure_cases(request_of(2, 120.0), cases)
     assert not found.failed and not found.died and found.measured == len(cases) == 11
-    engine = get_engine("planner")
     graph = decode_graph(traced_reference().encode())
+    engine = machine_for(graph, load_cluster("cpu-gloo"), get_engine("planner"), 2).engine
     assert {(len(graph.layer_classes), layer_facts(c, engine).launches) for c in graph.classes} == {
         (cases[0].dims["layers"], cases[0].dims["ops"])
     }

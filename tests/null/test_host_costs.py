@@ -66,7 +66,9 @@ def test_host_times_are_what_is_left_beside_kernels_and_collectives() -> None:
     assert fit_engine(get_engine("planner"), one_core, load_cluster("cpu-gloo"), 2).host_stage_s == pytest.approx(
         (100e-3 / 4 - 12e-3) / 2 - 1e-3
     )
-    gpu = replace(CPU, platform="cuda", device="NVIDIA H100")
+    gpu = replace(CPU, platform="cuda", device="NVIDIA H100", memory_bytes=0)
+    two_nodes = replace(profile(), conditions=(replace(gpu, devices_per_node=1),))  # no GPU is shared
+    assert fit_engine(get_engine("planner"), two_nodes, load_cluster("h100"), 2).host_stage_s == engine.host_stage_s
     other = replace(profile(), conditions=(gpu, replace(CPU, ranks=8)))  # the small model ran on another device
     assert fit_engine(get_engine("planner"), other, load_cluster("cpu-gloo"), 8).host_cut_s == {}
     none = make_profile("1", (CPU,), tuple(s for s in profile().samples if s.kind != "runtime"))
