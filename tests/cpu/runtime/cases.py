@@ -167,7 +167,8 @@ TOGETHER: dict[str, tuple[int, str, PlanSpec]] = {
         dp_replicate=2, ulysses=2, zero_stage=1, offload_optimizer=True, **_V)),
     "ep fewer experts than shards": (8, "hf_mixtral", spec(dp_shard=8, ep=4, zero_stage=3)),
     "kernels called, ring tp sp selective": (4, "calling", spec(ring=2, tp=2, recompute="selective", **_SP)),
-    "kernels called, zb_v ulysses zero1": (4, "calling", spec(ulysses=2, zero_stage=1, **_V)),
+    "kernels called, zb_v ulysses zero1 selective": (4, "calling", spec(
+        ulysses=2, zero_stage=1, recompute="selective", **_V)),
     "kernels called, tp zero3 full": (4, "calling", spec(tp=2, dp_shard=2, zero_stage=3, recompute="full", **_SP)),
     "everything": (8, "llama", spec(pp=2, tp=2, dp_shard=2, zero_stage=1, recompute="full", **_SP)),
 }  # fmt: skip
@@ -179,7 +180,7 @@ RESUMED = {
 }
 
 # (model, ranks, plans) of those drawn, with the ranks as seed.
-DRAWN = (("llama", 4, 10), ("gpt", 4, 6), ("llama", 8, 8))
+DRAWN = (("llama", 4, 10), ("gpt", 4, 3), ("llama", 8, 4))
 
 
 def drawn(model: str, ranks: int, count: int, seed: int) -> list[tuple[str, PlanSpec]]:
