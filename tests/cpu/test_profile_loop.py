@@ -16,6 +16,7 @@ from planner.costmodel.profile import Profile, decode_profile
 from planner.profiler.profile import INTERRUPTED, Outcome
 from planner.reports import closed_loop
 
+pytestmark = pytest.mark.alone
 COMMAND = [sys.executable, "-c", "import sys; from planner.cli import entry; sys.exit(entry())"]
 
 

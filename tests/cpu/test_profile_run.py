@@ -81,6 +81,7 @@ def model(tmp_path: Path) -> Path:
 # ---- timing
 
 
+@pytest.mark.alone
 def test_a_sleep_takes_as_long_as_it_takes() -> None:
     found = measure(Job(work=lambda: time.sleep(0.01)), Clock(CPU), ALONE)
     assert 0.01 <= found.time_s < 0.05 and found.repeats >= 3
@@ -94,6 +95,7 @@ def test_only_what_is_prepared_counts() -> None:
     assert 0.005 <= measure(Job(prepare=prepare), Clock(CPU), ALONE, repeats=3).time_s < 0.015  # type: ignore[arg-type]
 
 
+@pytest.mark.alone
 def test_ranks_that_share_a_core_count_their_own_work() -> None:
     """A rank that waits lets another work; its own work takes a turn for each of them."""
     shared = Clock(CPU, turns=4.0)
@@ -167,6 +169,7 @@ def test_layers_and_ends_of_a_model_run(model: Path) -> None:
 # ---- runs
 
 
+@pytest.mark.alone
 def test_a_run_measures_goes_on_and_stops(tmp_path: Path) -> None:
     cases = [gemm(64), gemm(1024), collective("all_reduce", 4096), collective("send_recv", 4096)]
     first = measure_cases(request_of(2, 60.0), cases[:2])
@@ -179,6 +182,7 @@ def test_a_run_measures_goes_on_and_stops(tmp_path: Path) -> None:
     assert not cut.settled and cut.measured == 0 and cut.profile == first.profile
 
 
+@pytest.mark.alone
 def test_what_the_runtime_costs_the_host_is_measured() -> None:
     """A small model under every option, and the figures that turn its times into those of an op."""
     cases = runtime_cases(2)
@@ -229,6 +233,7 @@ def test_nothing_to_measure_is_one_line() -> None:
 # ---- the command line
 
 
+@pytest.mark.alone
 def test_measured_planned_and_priced(tmp_path: Path, model: Path) -> None:
     made = planner(tmp_path, "profile", "model", "model.py", "--budget", "25s", "-o", "p.json")
     assert made.returncode == 0, made.stderr
@@ -248,6 +253,7 @@ def test_measured_planned_and_priced(tmp_path: Path, model: Path) -> None:
     assert wrong.returncode == 2 and "not of h100" in wrong.stderr and len(wrong.stderr.splitlines()) <= 2
 
 
+@pytest.mark.alone
 def test_a_rank_of_torchrun_is_a_rank(tmp_path: Path) -> None:
     code = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--no-python",
             *COMMAND, "profile", "comm", "--budget", "20s", "-o", "p.json", "--quiet"]  # fmt: skip

@@ -64,7 +64,7 @@ def case(
     if not graph.exists():
         graph.write_bytes(encode_graph(graph_of(model)))
     return {"model": model, "spec": msgspec.to_builtins(plan), "graph": str(graph), "vocab": MODELS[model],
-            "seq_len": SEQ_LEN, "catch": True, "folder": str(folder), "compiled": compiled,
+            "seq_len": SEQ_LEN, "folder": str(folder), "compiled": compiled,
             "resumes": msgspec.to_builtins(resumes)}  # fmt: skip
 
 

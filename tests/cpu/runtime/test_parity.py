@@ -23,14 +23,11 @@ def check(ranks: int, named: list[tuple[str, str, object]], folder: Path, compil
     """Run the cases in one world of `ranks`; AssertionError names every case that differs and by how much."""
     runs = [case(model, plan, folder, RESUMED.get(name), compiled) for name, model, plan in named]
     found = run_world(ranks, "parity_rank.run", runs, 500.0)
-    wrong = []
-    for i, (name, _, plan) in enumerate(named):
-        results = [rank[i] for rank in found]
-        failed = next((r for r in results if "error" in r), None)
-        if failed is not None:
-            wrong.append(f"{name}: {failed['error']}\n{failed['trace']}")
+    failed = [(len(results) - 1, rank, results[-1]) for rank, results in enumerate(found) if "error" in results[-1]]
+    wrong = [f"rank {rank}, {named[i][0]}: {r['error']}\n{r['trace']}" for i, rank, r in failed]
+    for first, (name, _, plan) in zip(found[0], named, strict=not failed):
+        if "error" in first:
             continue
-        first = results[0]
         worst = max(first["loss"], first["norm"], first["grads"][1], first["params"][1], first["resumed"])
         if not worst <= LIMIT:
             wrong.append(f"{name}: {first}")

@@ -62,7 +62,7 @@ def run_world(size: int, target: str, payload: Any, timeout_s: float = 900.0) ->
                 rank, status, value = results.get(timeout=max(0.1, min(5.0, deadline - time.monotonic())))
             except queue.Empty:
                 dead = [i for i, p in enumerate(ranks) if p.exitcode is not None and i not in found]
-                assert not dead, f"rank {dead[0]} ended without a result"
+                assert not dead, f"rank {dead[0]} ended without a result; of the others came {str(found)[-4000:]}"
                 assert time.monotonic() < deadline, f"ranks {sorted(set(range(size)) - set(found))} hang"
                 continue
             assert status == "ok", f"rank {rank}:\n{value}"
