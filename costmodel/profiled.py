@@ -82,21 +82,40 @@ def world_of(profile: Profile, cluster: ClusterSpec, num_gpus: int) -> int:
     return min(ranks, key=lambda r: abs(np.log(r / num_gpus)))
 
 
+def same_kernel(kind: str, one: Conditions, other: Conditions) -> bool:
+    """Whether a kernel of this kind takes one rank the same work under both: every core is busy, and no peer waits."""
+    alone = kind != "runtime" and not kind.startswith("collective")
+    return alone and all(at.platform == "cpu" and at.ranks * at.threads >= at.devices_per_node for at in (one, other))
+
+
 def fit_cluster(cluster: ClusterSpec, profile: Profile, num_gpus: int) -> ClusterSpec:
     """`cluster` as `profile` found it, for a job of `num_gpus`; ProfileError if it is of another device.
 
-    Ranks on one CPU share its cores, so only samples with the best matching number of ranks count there.
+    Ranks on one CPU share its cores, so only samples with the best matching number of ranks count there, and kernels
+    that others measured on cores as busy.
     """
     world = world_of(profile, cluster, num_gpus)
-    shared = cluster.device.name == "cpu"
-    samples = [
-        s
-        for s in profile.samples
-        if describes(profile.where(s), cluster) and (profile.where(s).ranks == world or not shared)
-    ]
+    samples = [s for s in profile.samples if describes(profile.where(s), cluster)]
+    if cluster.device.name == "cpu":
+        own = [s for s in samples if profile.where(s).ranks == world]
+        samples = own + _in_turns(profile, [s for s in samples if profile.where(s).ranks != world], own, world)
     note = f"profile {profile_sha256(profile)[:12]}"
     device = _device(cluster.device, samples, note)
     return _links(replace(cluster, device=device), profile, samples, note)
+
+
+def _in_turns(profile: Profile, others: Iterable[Sample], own: Sequence[Sample], world: int) -> list[Sample]:
+    """Kernels that `world` ranks did not measure, as long as they take with so many ranks in turns on the cores."""
+    found: dict[Any, tuple[float, Sample]] = {}
+    have = {s.what for s in own}
+    for sample in others:
+        at = profile.where(sample)
+        if sample.what in have or not same_kernel(sample.kind, at, replace(at, ranks=world)):
+            continue
+        apart = abs(np.log(at.ranks / world))
+        if apart < found.get(sample.what, (np.inf, sample))[0]:
+            found[sample.what] = (apart, replace(sample, time_s=sample.time_s * world / at.ranks))
+    return [sample for _, sample in found.values()]
 
 
 # ---- device

@@ -27,6 +27,7 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.profile import Conditions, Profile, Sample, make_profile, merge
+from planner.costmodel.profiled import same_kernel
 from planner.profiler.awake import cores_awake
 from planner.profiler.cases import Case, comm_cases, layer_cases, op_cases, runtime_cases, weighted
 from planner.profiler.errors import TraceError
@@ -174,13 +175,16 @@ def under_torchrun() -> bool:
 def _known(request: Request, cases: list[Case], known: Profile | None) -> dict[str, float]:
     if known is None:
         return {}
-    same = {
-        index
-        for index, one in enumerate(known.conditions)
-        if (one.platform, one.ranks, one.threads) == (request.platform, request.ranks, request.threads)
-        and one.software.get("torch", "").partition("+")[0] == metadata.version("torch").partition("+")[0]
-    }
-    spreads = {s.what: s.spread_frac for s in known.samples if s.condition in same}
+    torch_version = metadata.version("torch").partition("+")[0]
+
+    def holds(sample: Sample) -> bool:
+        at = known.where(sample)
+        here = (request.platform, request.threads) == (at.platform, at.threads)
+        if not here or at.software.get("torch", "").partition("+")[0] != torch_version:
+            return False
+        return at.ranks == request.ranks or same_kernel(sample.kind, at, dataclasses.replace(at, ranks=request.ranks))
+
+    spreads = {s.what: s.spread_frac for s in known.samples if holds(s)}
     return {str(i): spreads[case.key] for i, case in enumerate(cases) if case.key in spreads}
 
 

@@ -133,20 +133,27 @@ def _parts(text: str) -> list[float]:
 def _profile(
     args: argparse.Namespace, ranks: list[int], graphs: dict[str, ModelGraph], progress: Progress, part: float
 ) -> Profile:
-    """Kernels, collectives and layers of every model, on every number of ranks; `part` of the budget shared equally."""
+    """Kernels, collectives and layers of every model, on every number of ranks, in `part` of the budget.
+
+    Each has an equal share of what those before it left.
+    """
     profile: Profile | None = None
-    for n in ranks:
-        for model, graph in graphs.items():
+    left_s = part * args.budget
+    for i, n in enumerate(ranks):
+        for j, (model, graph) in enumerate(graphs.items()):
             name = f"{part:g}-{n}-{model}"
+            share_s = left_s / ((len(ranks) - i) * len(graphs) - j)
             done = progress.profile(name)
             if done is not None:
                 profile = done
+                left_s -= share_s
                 continue
+            start_s = time.monotonic()
             arguments.note(args, f"profiling {model} on {n} ranks, {part:g} of the budget")
             request = Request(
                 what="all", platform="cpu", cluster=load_cluster("cpu-gloo"), graph=graph, source=f"{_MODEL}:{model}",
-                ranks=n, threads=1, budget_s=part * args.budget / (len(ranks) * len(graphs)),
-                today=datetime.date.today().isoformat(), tool_version=tool_version(),
+                ranks=n, threads=1, budget_s=share_s, today=datetime.date.today().isoformat(),
+                tool_version=tool_version(),
             )  # fmt: skip
             outcome = run_profile(request, profile)
             if outcome.died == INTERRUPTED:
@@ -154,6 +161,7 @@ def _profile(
             if outcome.died:
                 arguments.note(args, outcome.died)
             profile = outcome.profile
+            left_s -= time.monotonic() - start_s
             progress.keep_profile(name, profile)
     assert profile is not None
     return profile

@@ -265,6 +265,23 @@ def test_ranks_that_share_a_cpu_are_told_apart() -> None:
         assert float(gemm_s(device, "float32", 1, 64, 64, 64)) == pytest.approx(time_s)
 
 
+def test_kernels_of_busy_cores_hold_for_more_ranks_in_turns() -> None:
+    """Two ranks on two cores take a GEMM's time, four of them twice as long; what fewer ranks took says nothing."""
+    where = replace(CPU, devices_per_node=2)
+    sizes, other = (1.0, 512.0, 512.0, 512.0), (1.0, 256.0, 512.0, 512.0)
+
+    def taken(ranks: int, time_s: float, shape: tuple[float, ...] = sizes) -> Profile:
+        return profile(sample("gemm", shape, time_s, dtype="float32"), where=replace(where, ranks=ranks))
+
+    def times(*profiles: Profile) -> dict[tuple[float, ...], float]:
+        table = fit_cluster(load_cluster("cpu-gloo"), merge(*profiles, tool_version="1"), 4).device.measured
+        return dict(zip(table["gemm/float32"].dims, table["gemm/float32"].time_s, strict=True))
+
+    assert times(taken(2, 1e-3), taken(4, 5e-4, other)) == pytest.approx({sizes: 2e-3, other: 5e-4})
+    assert times(taken(2, 1e-3), taken(4, 3e-3)) == pytest.approx({sizes: 3e-3})  # its own sample goes first
+    assert times(taken(1, 1e-4), taken(4, 5e-4, other)) == pytest.approx({other: 5e-4})  # one rank left a core idle
+
+
 def test_overlap_is_capped_by_what_was_hidden() -> None:
     rows = (
         sample("gemm", (1, 64, 64, 64), 1e-3, dtype="float32"),
