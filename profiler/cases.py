@@ -40,7 +40,8 @@ class Case:
     dtype: str
     dims: dict[str, float]
     weight: float
-    path: str = ""  # module of a layer
+    source: str = ""  # model of a layer, and the layer's module in it
+    path: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, tuple[float, ...]]:
@@ -48,9 +49,9 @@ class Case:
         return (self.kind, self.name, self.dtype, tuple(float(self.dims[n]) for n in DIMS[self.kind]))
 
 
-def _case(kind: str, name: str, dtype: str, sizes: Iterable[float], weight: float, path: str = "") -> Case:
+def _case(kind: str, name: str, dtype: str, sizes: Iterable[float], weight: float, **layer: str) -> Case:
     dims = dict(zip(DIMS[kind], map(float, sizes), strict=True))
-    return Case(kind=kind, name=name, dtype=dtype, dims=dims, weight=weight, path=path)
+    return Case(kind=kind, name=name, dtype=dtype, dims=dims, weight=weight, **layer)
 
 
 def weighted(cases: Iterable[Case]) -> list[Case]:
@@ -178,15 +179,16 @@ def _default_attentions(dtype: str) -> list[Case]:
 # ---- layers
 
 
-def layer_cases(graph: ModelGraph) -> list[Case]:
-    """Every layer class and both ends, forward and backward, at the micro-batch sizes of plans."""
+def layer_cases(graph: ModelGraph, source: str) -> list[Case]:
+    """Every layer class and both ends of the model in `source`, both ways, at the micro-batch sizes of plans."""
     paths = {}
     for run in graph.runs:
         paths.setdefault(run.layer_class, run.paths[0])
     places = [(layer, paths[i]) for i, layer in enumerate(graph.classes) if i in paths]
     places += [(graph.prologue, PROLOGUE), (graph.epilogue, EPILOGUE)]
     return [
-        _case("layer", f"{layer_name(layer)}/{way}", graph.dtype, (size, graph.traced_seq_len), 1.0, path)
+        _case("layer", f"{layer_name(layer)}/{way}", graph.dtype, (size, graph.traced_seq_len), 1.0, source=source,
+              path=path)  # fmt: skip
         for layer, path in places
         for size in MICRO_BATCHES
         for way in WAYS

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -45,14 +45,13 @@ _GRACE_S = 20.0  # beyond the budget: the last measurement, and the end of the r
 class Request:
     """What to profile: `what` of WHAT, with `ranks` processes of `threads` threads each, for `budget_s` seconds.
 
-    `graph` and `source`: the model whose shapes and layers are measured, if any.
+    `graphs`: by their source (file, file:function) the models whose shapes and layers are measured, of one dtype.
     """
 
     what: str
     platform: str
     cluster: ClusterSpec
-    graph: ModelGraph | None
-    source: str
+    graphs: Mapping[str, ModelGraph]
     ranks: int
     threads: int
     budget_s: float
@@ -87,15 +86,17 @@ class ProfileRunError(TraceError):
 
 def list_cases(request: Request) -> list[Case]:
     """The cases of a request, those left out whose one call would take a large part of the budget."""
-    dtype = request.graph.dtype if request.graph else next(iter(request.cluster.device.peak_flops_per_s))
+    graphs = request.graphs.values()
+    dtype = next((graph.dtype for graph in graphs), next(iter(request.cluster.device.peak_flops_per_s)))
     memory_bytes = request.cluster.device.memory_bytes.value
     found: list[Case] = []
     if request.what in ("ops", "all"):
-        found += op_cases(request.graph, dtype, request.ranks, memory_bytes)
+        for graph in graphs or (None,):
+            found += op_cases(graph, dtype, request.ranks, memory_bytes)
     if request.what in ("comm", "all"):
         found += comm_cases(request.cluster, request.ranks, memory_bytes) + runtime_cases(request.ranks)
-    if request.what in ("model", "all") and request.graph is not None:
-        found += layer_cases(request.graph)
+    if request.what in ("model", "all"):
+        found += [case for source, graph in request.graphs.items() for case in layer_cases(graph, source)]
     limit_s = max(_LONGEST_FRAC * request.budget_s, 0.05)
     return weighted(case for case in found if _expected_s(case, request.cluster) <= limit_s)
 
@@ -143,8 +144,6 @@ def measure_cases(
         "deadline_s": start_s + request.budget_s,
         "platform": request.platform,
         "threads": request.threads,
-        "source": str(Path(request.source).resolve()) if request.source else "",
-        "seq_len": request.graph.traced_seq_len if request.graph else 0,
         "rendezvous": "env://",
         "reference": traced_reference() if needed else "",
     }

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,8 +44,6 @@ class Spec:
     deadline_s: float
     platform: str
     threads: int
-    source: str
-    seq_len: int
     rendezvous: str
     reference: str
 
@@ -114,14 +113,19 @@ def _join(spec: Spec, device: torch.device, rank: int, world: int) -> dist.Proce
 
 def _maker(spec: Spec, device: torch.device, rank: int, world: int) -> Callable[[Case], Job]:
     groups = Groups(rank, world)
-    bench = Bench(spec.source, spec.seq_len, device)
+
+    @cache
+    def bench(source: str, seq_len: float) -> Bench:
+        return Bench(source, int(seq_len), device)
 
     def make(case: Case) -> Job:
         if case.kind.startswith("collective"):
             return make_comm(case, device, groups)
         if case.kind == "runtime":
             return make_runtime(case, device, world, spec.reference)
-        return bench.make(case) if case.kind == "layer" else make_op(case, device)
+        if case.kind == "layer":
+            return bench(case.source, case.dims["seq_len"]).make(case)
+        return make_op(case, device)
 
     return make
 

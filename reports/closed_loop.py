@@ -37,6 +37,10 @@ from planner.reports.loop_text import Row, markdown, median_error, options
 _HERE = Path(__file__).parent
 _MODEL = _HERE / "loop_model.py"
 _RUN_LIMIT_S = 1800.0
+_WHOLE = {"ranks": "2,4,8", "models": "narrow,wide,long", "plans": 5, "rounds": 3, "budget": 180.0, "parts": "0.5,0.25",
+          "output": _HERE / "closed_loop.md", "record": _HERE / "measured"}  # fmt: skip
+_QUICK = {"ranks": "2", "models": "narrow", "plans": 3, "rounds": 2, "budget": 30.0, "parts": "",
+          "output": Path("closed_loop.md"), "record": Path("closed_loop")}  # fmt: skip
 EPILOG = (
     "Takes about half an hour on two quiet cores. --quick proves in a few minutes that the loop closes. What was done\n"
     "before an interruption is kept in FOLDER/progress of --record: the same command with --resume goes on with it."
@@ -45,20 +49,20 @@ EPILOG = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("--ranks", default="2,4,8", metavar="N,...", help="default: %(default)s")
-    parser.add_argument("--models", default="narrow,wide,long", metavar="NAME,...", help="default: %(default)s")
-    parser.add_argument("--plans", type=arguments.whole, default=5, help="of a model on a number of ranks, at least 3 "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--rounds", type=arguments.whole, default=3, help="runs of every plan (default: %(default)s)")
+    parser.add_argument("--ranks", metavar="N,...", help="default: 2,4,8")
+    parser.add_argument("--models", metavar="NAME,...", help="default: narrow,wide,long")
+    parser.add_argument("--plans", type=arguments.whole, help="of a model on some ranks, at least 3 (default: 5)")
+    parser.add_argument("--rounds", type=arguments.whole, help="runs of every plan (default: 3)")
     parser.add_argument("--steps", type=arguments.whole, default=3, help="timed steps a run (default: %(default)s)")
-    parser.add_argument("--budget", type=duration, default=180.0, metavar="S", help="for all profiles together")
-    parser.add_argument("--parts", default="0.5,0.25", metavar="F,...", help="profiles of these shares of the budget "
-                        "too, to see what it buys; '' = none (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--budget", type=duration, metavar="S", help="for all profiles together (default: 180)")
+    parser.add_argument("--parts", metavar="F,...", help="profiles of these shares of the budget too, to see what it "
+                        "buys; '' = none (default: 0.5,0.25)")  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FILE", help="use this profile instead of measuring any")
     parser.add_argument("--resume", action="store_true", help="go on with what an interrupted loop left")
-    parser.add_argument("--quick", action="store_true", help="2 ranks, one model, 3 plans, 2 rounds, 30 s of profiling")
-    parser.add_argument("-o", "--output", type=Path, default=_HERE / "closed_loop.md", metavar="FILE")
-    parser.add_argument("--record", type=Path, default=_HERE / "measured", metavar="FOLDER", help="profile and runs")
+    parser.add_argument("--quick", action="store_true", help="the defaults are 2 ranks, one model, 3 plans, 2 rounds, "
+                        "30 s of profiling, and the report and the record in this folder")  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the report in this package")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="profile and runs (default: beside the report)")
     parser.add_argument("--quiet", action="store_true")
 
 
@@ -75,8 +79,9 @@ class _Case:
 
 def main(args: argparse.Namespace) -> int:
     """Profile, plan, run, write the report."""
-    if args.quick:
-        args.ranks, args.models, args.plans, args.rounds, args.budget, args.parts = "2", "narrow", 3, 2, 30.0, ""
+    for name, value in (_QUICK if args.quick else _WHOLE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     ranks, models, parts = _numbers(args.ranks), _names(args.models), _parts(args.parts)
     check_writable(args.output)
     load_before = os.getloadavg()[0]
@@ -133,36 +138,34 @@ def _parts(text: str) -> list[float]:
 def _profile(
     args: argparse.Namespace, ranks: list[int], graphs: dict[str, ModelGraph], progress: Progress, part: float
 ) -> Profile:
-    """Kernels, collectives and layers of every model, on every number of ranks, in `part` of the budget.
+    """Kernels and layers of all models, and collectives, on every number of ranks in `part` of the budget.
 
     Each has an equal share of what those before it left.
     """
     profile: Profile | None = None
     left_s = part * args.budget
     for i, n in enumerate(ranks):
-        for j, (model, graph) in enumerate(graphs.items()):
-            name = f"{part:g}-{n}-{model}"
-            share_s = left_s / ((len(ranks) - i) * len(graphs) - j)
-            done = progress.profile(name)
-            if done is not None:
-                profile = done
-                left_s -= share_s
-                continue
-            start_s = time.monotonic()
-            arguments.note(args, f"profiling {model} on {n} ranks, {part:g} of the budget")
-            request = Request(
-                what="all", platform="cpu", cluster=load_cluster("cpu-gloo"), graph=graph, source=f"{_MODEL}:{model}",
-                ranks=n, threads=1, budget_s=share_s, today=datetime.date.today().isoformat(),
-                tool_version=tool_version(),
-            )  # fmt: skip
-            outcome = run_profile(request, profile)
-            if outcome.died == INTERRUPTED:
-                raise KeyboardInterrupt
-            if outcome.died:
-                arguments.note(args, outcome.died)
-            profile = outcome.profile
-            left_s -= time.monotonic() - start_s
-            progress.keep_profile(name, profile)
+        share_s = left_s / (len(ranks) - i)
+        done = progress.profile(f"{part:g}-{n}")
+        if done is not None:
+            profile = done
+            left_s -= share_s
+            continue
+        start_s = time.monotonic()
+        arguments.note(args, f"profiling on {n} ranks, {part:g} of the budget")
+        request = Request(
+            what="all", platform="cpu", cluster=load_cluster("cpu-gloo"),
+            graphs={f"{_MODEL}:{model}": graph for model, graph in graphs.items()}, ranks=n, threads=1,
+            budget_s=share_s, today=datetime.date.today().isoformat(), tool_version=tool_version(),
+        )  # fmt: skip
+        outcome = run_profile(request, profile)
+        if outcome.died == INTERRUPTED:
+            raise KeyboardInterrupt
+        if outcome.died:
+            arguments.note(args, outcome.died)
+        profile = outcome.profile
+        left_s -= time.monotonic() - start_s
+        progress.keep_profile(f"{part:g}-{n}", profile)
     assert profile is not None
     return profile
 

@@ -103,16 +103,12 @@ def _note(text: str) -> None:
 def _profile(
     args: argparse.Namespace, file: Path, graphs: dict[str, ModelGraph], cluster: ClusterSpec, platform: str
 ) -> Profile:
-    profile: Profile | None = None
-    for name, graph in graphs.items():
-        _note(f"profiling kernels and layers of {name}")
-        request = Request(
-            what="all", platform=platform, cluster=cluster, graph=graph, source=f"{file}:{name}", ranks=1, threads=1,
-            budget_s=args.budget / len(graphs), today=datetime.date.today().isoformat(), tool_version=tool_version(),
-        )  # fmt: skip
-        profile = run_profile(request, profile).profile
-    assert profile is not None
-    return profile
+    _note(f"profiling kernels and layers of {', '.join(graphs)}")
+    request = Request(
+        what="all", platform=platform, cluster=cluster, graphs={f"{file}:{name}": g for name, g in graphs.items()},
+        ranks=1, threads=1, budget_s=args.budget, today=datetime.date.today().isoformat(), tool_version=tool_version(),
+    )  # fmt: skip
+    return run_profile(request).profile
 
 
 def cases_of(name: str, graph: ModelGraph, cluster: ClusterSpec, profile: Profile) -> list[Case]:

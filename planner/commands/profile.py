@@ -157,8 +157,8 @@ def _request(args: argparse.Namespace, what: str) -> Request:
         raise UserError(f"--ranks {ranks}: {error}") from None
     model = getattr(args, "model", "")
     return Request(
-        what=what, platform=platform, cluster=cluster, graph=arguments.load_graph(args) if model else None,
-        source=model, ranks=ranks, threads=args.threads, budget_s=args.budget,
+        what=what, platform=platform, cluster=cluster, graphs={model: arguments.load_graph(args)} if model else {},
+        ranks=ranks, threads=args.threads, budget_s=args.budget,
         today=datetime.date.today().isoformat(), tool_version=tool_version(),
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ MODEL = (
 
 def request_of(ranks: int, budget_s: float, what: str = "comm") -> Request:
     return Request(
-        what=what, platform="cpu", cluster=load_cluster("cpu-gloo"), graph=None, source="", ranks=ranks, threads=1,
+        what=what, platform="cpu", cluster=load_cluster("cpu-gloo"), graphs={}, ranks=ranks, threads=1,
         budget_s=budget_s, today="2026-11-24", tool_version="1",
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ def test_every_kernel_runs(kind: str, name: str, dims: dict[str, float]) -> None
 def test_layers_and_ends_of_a_model_run(model: Path) -> None:
     graph = trace_model(str(model))
     bench = Bench(str(model), graph.traced_seq_len, CPU)
-    cases = [case for case in layer_cases(graph) if case.dims["micro_batch_size"] == 2]
+    cases = [case for case in layer_cases(graph, str(model)) if case.dims["micro_batch_size"] == 2]
     assert {case.path for case in cases} == {"blocks.0", "<prologue>", "<epilogue>"} and len(cases) == 6
     saved = {}
     for case in cases:

@@ -358,8 +358,8 @@ def test_cases_are_the_shapes_of_the_plan_space() -> None:
     assert (1.0, 2048.0, 8192.0, 2048.0) in shapes  # FFN up, whole
     assert (1.0, 2048.0, 2048.0, 2048.0) in shapes  # over tp 4
     assert all(size == int(size) for shape in shapes for size in shape)
-    assert {case.kind for case in layer_cases(graph())} == {"layer"}
-    kinds = {case.kind for case in weighted([*cases, *layer_cases(graph())])}
+    assert {case.kind for case in layer_cases(graph(), "m.py")} == {"layer"}
+    kinds = {case.kind for case in weighted([*cases, *layer_cases(graph(), "m.py")])}
     assert kinds == {"gemm", "attention", "memory", "optimizer", "copy", "launch", "layer"}
 
 
