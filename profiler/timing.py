@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from planner.profiler.pace import Pace
+
 Work = Callable[[], object]
 WINDOW_S, MAX_CALLS = 0.02, 2000
-REPEATS = 7
+REPEATS, _LEAST = 7, 3
 NOISY_FRAC, THROTTLED_FRAC = 0.15, 0.10
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
@@ -116,8 +118,14 @@ class Job:
         return clock.timed_s(lambda: [work() for _ in range(calls)])
 
 
-def measure(job: Job, clock: Clock, ranks: Ranks, *, window_s: float = WINDOW_S, repeats: int = REPEATS) -> Timing:
-    """Time a job in windows of at least `window_s`, all ranks at once."""
+def measure(
+    job: Job, clock: Clock, ranks: Ranks, *, window_s: float = WINDOW_S, repeats: int = REPEATS,
+    pace: Pace | None = None,
+) -> Timing:
+    """Time a job in windows of at least `window_s`, all ranks at once.
+
+    With `pace`, windows after which a rank's core is disturbed are left out and repeated, as far as twice as many do.
+    """
 
     def window(calls: int) -> float:
         ranks.barrier()
@@ -129,18 +137,25 @@ def measure(job: Job, clock: Clock, ranks: Ranks, *, window_s: float = WINDOW_S,
     once_s = ranks.largest((time.perf_counter() - start_s) / 2)  # what a call costs, timed part or not
     calls = min(max(1, math.ceil(window_s / once_s)), MAX_CALLS)
     # A call longer than many windows is told apart from noise by fewer repeats.
-    count = max(3, min(repeats, math.ceil(20 * window_s / (once_s * calls))))
-    return summary([window(calls) for _ in range(count)])
+    count = max(_LEAST, min(repeats, math.ceil(20 * window_s / (once_s * calls))))
+    times_s: list[float] = []
+    disturbed_s: list[float] = []
+    while len(times_s) < count and len(disturbed_s) < 2 * count:
+        time_s = window(calls)
+        disturbed = pace is not None and ranks.largest(float(pace.disturbed())) > 0
+        (disturbed_s if disturbed else times_s).append(time_s)
+    return summary(times_s) if len(times_s) >= _LEAST else summary(times_s + disturbed_s, disturbed=True)
 
 
-def summary(times_s: list[float]) -> Timing:
+def summary(times_s: list[float], disturbed: bool = False) -> Timing:
     """Median and spread of repeats; 'noisy' beyond 15 % of spread, 'throttled' if the end is 10 % slower."""
     median_s = _median(times_s)
     spread_frac = _MAD_TO_SIGMA * _median([abs(t - median_s) for t in times_s]) / median_s
     third = max(len(times_s) // 3, 1)
     first, last = times_s[:third], times_s[-third:]
     growth = _median(last) / _median(first) - 1
-    notes = ["noisy"] if spread_frac > NOISY_FRAC else []
+    notes = ["disturbed"] if disturbed else []
+    notes += ["noisy"] if spread_frac > NOISY_FRAC else []
     if growth > THROTTLED_FRAC and min(last) > max(first):
         notes.append("throttled")
     return Timing(time_s=median_s, spread_frac=spread_frac, repeats=len(times_s), note=", ".join(notes))

@@ -102,6 +102,7 @@ def main(args: argparse.Namespace) -> int:
         "date": datetime.date.today().isoformat(), "load_before": load_before, "load_after": os.getloadavg()[0],
         "cores": os.cpu_count(), "profile_s": args.budget, "samples": len(profile.samples), "rounds": args.rounds,
         "steps": args.steps, "device": profile.conditions[0].device, "version": tool_version(), "curve": curve,
+        "left_out": progress.left_out,
     }  # fmt: skip
     data = {"facts": facts, "rows": [row.data for row in rows]}
     write_atomic(args.record / "closed_loop.json", (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
@@ -211,7 +212,7 @@ def _run_all(
                 left = [i for i, key in enumerate(keys) if key not in progress.runs]
                 if left:
                     arguments.note(args, f"running {len(left)} plans of {case.model} on {case.ranks} ranks, {what}")
-                    for i, line in _launch(args, case, left, Path(folder), memory):
+                    for i, line in _launch(args, case, left, Path(folder), memory, progress.floor_s):
                         progress.keep(keys[i], line)
                 for i, key in enumerate(keys):
                     one, line = found[c, i], progress.runs.get(key, {})
@@ -223,7 +224,7 @@ def _run_all(
 
 
 def _launch(
-    args: argparse.Namespace, case: _Case, plans: list[int], root: Path, memory: bool
+    args: argparse.Namespace, case: _Case, plans: list[int], root: Path, memory: bool, floor_s: float
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Run these plans of a case once in one job; what a dead job had not done is missing."""
     folder = Path(tempfile.mkdtemp(dir=root))
@@ -232,7 +233,7 @@ def _launch(
         path.write_bytes(case.texts[i])
     spec = {
         "plans": [str(path) for path in paths], "folder": str(folder), "model": f"{_MODEL}:{case.model}",
-        "memory": memory, "steps": args.steps,
+        "memory": memory, "steps": args.steps, "floor_s": floor_s,
     }  # fmt: skip
     (folder / "spec.json").write_text(json.dumps(spec))
     out = folder / "out.jsonl"

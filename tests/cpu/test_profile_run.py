@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -26,8 +27,9 @@ from planner.profiler.graph_io import decode_graph
 from planner.profiler.import_kineto import import_trace
 from planner.profiler.model_bench import Bench
 from planner.profiler.ops import make_op
+from planner.profiler.pace import Pace
 from planner.profiler.profile import Outcome, Request, measure_cases, run_profile, traced_reference
-from planner.profiler.timing import Clock, Job, Ranks, measure, summary
+from planner.profiler.timing import Clock, Job, Ranks, Timing, measure, summary
 from planner.profiler.trace import trace_model
 
 CPU, ALONE = torch.device("cpu"), Ranks(None, 1)
@@ -122,6 +124,25 @@ def test_cores_are_awake_while_ranks_run_and_nobody_is_left() -> None:
             time.sleep(0.05)
         assert len(spinning()) == 1
     assert not spinning()
+
+
+def test_windows_on_a_disturbed_core_are_left_out_as_far_as_enough_are_left() -> None:
+    """The first windows are slow, and the probe after each says so; then all are said to be."""
+
+    def found(*slow: bool) -> Timing:
+        calls, probes, pace = itertools.count(), iter(slow), Pace()
+        pace.disturbed = lambda: next(probes, slow[-1])  # type: ignore[method-assign]
+        job = Job(timed=lambda clock: 3.0 if next(calls) < 3 + 4 else 1.0)  # 3 to warm up, one a window
+        return measure(job, Clock(CPU), ALONE, window_s=1e-9, pace=pace)
+
+    some, none = found(True, True, True, True, False), found(True)
+    assert (some.time_s, some.repeats, some.note) == (1.0, 3, "")
+    assert (none.time_s, none.repeats) == (3.0, 6) and "disturbed" in none.note
+
+
+def test_a_core_is_disturbed_while_it_is_slower_than_at_its_best() -> None:
+    assert not Pace().disturbed()
+    assert Pace(floor_s=1e-9).disturbed()
 
 
 def test_noise_and_throttling_are_said() -> None:

@@ -11,7 +11,8 @@ from planner.reports.loop_plans import BEST, Predicted, choose, shared_step_s
 from planner.reports.loop_text import Row, markdown, scores
 
 FACTS = {
-    "date": "2026-11-24", "load_before": 0.1, "load_after": 2.0, "cores": 2, "profile_s": 60.0, "samples": 9,
+    "date": "2026-11-24", "load_before": 0.1, "left_out": 0.25, "load_after": 2.0, "cores": 2,
+    "profile_s": 60.0, "samples": 9,
     "rounds": 2, "steps": 3, "device": "a CPU", "version": "1",
     "curve": [{"budget_s": 180.0, "samples": 9, "error": {"narrow": 0.1}},
               {"budget_s": 90.0, "samples": 5, "error": {"narrow": 0.14}}],
