@@ -7,6 +7,7 @@ but for data-dependent routing. The ends are the whole model with its layers rep
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from planner.profiler.cases import EPILOGUE, PROLOGUE, Case
 from planner.profiler.run import Subject
 from planner.profiler.timing import Clock, Job, Work
 
-# A model finds the caches of a CPU full of its other layers: small ones run as several copies, one after the other.
-_COPIES, _CACHE_BYTES = 4, 4e6
+# A model finds the caches of a CPU full of its other layers: a layer runs as so many copies, one after the other, as
+# the model has layers, or as fill this much of memory.
+_CACHE_BYTES = 64e6
 
 
 class Bench:
@@ -43,8 +45,9 @@ class Bench:
         real = _real(args, self._device), _real(kwargs, self._device)
         job = _layers(made, *real, backward)
         held_bytes = job.saved_bytes + sum(p.nbytes for p in layer.parameters())
-        if self._device.type == "cpu" and held_bytes < _CACHE_BYTES:
-            made += [_materialised(layer, self._device) for _ in range(_COPIES - 1)]
+        copies = min(len(self._layer_paths(subject)), math.ceil(_CACHE_BYTES / held_bytes))
+        if self._device.type == "cpu" and copies > 1:
+            made += [_materialised(layer, self._device) for _ in range(copies - 1)]
             job = _layers(made, *real, backward)
         return job
 

@@ -11,7 +11,7 @@ import time
 
 _LOOPS = 10_000  # under a millisecond
 _TRIES = 3  # a probe is the fastest of these: an interrupt is no burst
-_SLOWER = 1.15
+_SLOWER = 1.3  # clocks that rise and fall are no tenant
 
 
 class Pace:
@@ -21,7 +21,7 @@ class Pace:
         self.floor_s = floor_s
 
     def disturbed(self) -> bool:
-        """Probe now: whether the core is more than 15 % slower than at its fastest."""
+        """Probe now: whether the core is more than 30 % slower than at its fastest."""
         found_s = min(_probe_s() for _ in range(_TRIES))
         self.floor_s = min(self.floor_s, found_s)
         return found_s > _SLOWER * self.floor_s

@@ -141,12 +141,12 @@ def _profile(
 ) -> Profile:
     """Kernels and layers of all models, and collectives, on every number of ranks in `part` of the budget.
 
-    Each has an equal share of what those before it left.
+    Each has an equal share of what those before it left, the first a double one: it measures the kernels for all.
     """
     profile: Profile | None = None
     left_s = part * args.budget
     for i, n in enumerate(ranks):
-        share_s = left_s / (len(ranks) - i)
+        share_s = left_s / (len(ranks) - i) if i else 2 * left_s / (len(ranks) + 1)
         done = progress.profile(f"{part:g}-{n}")
         if done is not None:
             profile = done
