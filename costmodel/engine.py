@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from planner.costmodel.graph import OpKind
-from planner.costmodel.kernels import kernels_on
+from planner.costmodel.kernel_choice import kernels_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class EngineSpec:
     host_stage_s: float = 0.0
     blocking_launches: bool = False  # the host waits for every kernel (CUDA_LAUNCH_BLOCKING): nothing is hidden
     host_adam_params_per_s: float = 1.0e9  # CPU optimizer rate per GPU's share of the host
-    kernels: dict[str, str] = field(default_factory=dict)  # op of planner.kernels -> implementation (kernels.py)
+    kernels: dict[str, str] = field(default_factory=dict)  # op of planner.kernels -> implementation (kernel_choice.py)
     note: str = ""
 
 

@@ -6,13 +6,14 @@ parallelism divide each layout differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from planner.costmodel import expert_facts
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.graph import Activation, LayerClass, Op, OpKind, TensorLayout, TpCut
-from planner.costmodel.kernels import FusedLoss, chunked_head, fused_loss, fused_norms, fused_swiglu
+from planner.costmodel.kernel_choice import choices_of
+from planner.costmodel.kernels import FusedLoss, chunked_head, fused_loss, fused_norms, fused_swiglu, kernel_of
 
 RECOMPUTES = ("none", "selective", "full")
 _LOG_PROB_BYTES = 4  # torch's loss keeps float32 log-probabilities
@@ -52,13 +53,28 @@ class Traffic:
     num_kernels: int
 
 
+@dataclass(frozen=True, slots=True)
+class KernelCalls:
+    """Calls of one kernel of planner.kernels that are cut alike: bytes that ours moves forward in all of them.
+
+    `choices`: implementations of forward and backward, "" where nobody chose.
+    """
+
+    kernel: str
+    cut: TpCut
+    choices: tuple[str, str]
+    num_bytes: float
+    num_calls: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerFacts:
     """Static sums of one layer class under one engine.
 
-    `saved` is indexed like RECOMPUTES: activations kept until backward. `selective_traffic` and
-    `selective_attention` are redone by selective recomputation. `gathered_bytes`: inputs of column-parallel
-    GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP); `row_bytes`: outputs of row-parallel GEMMs.
+    `saved` is indexed like RECOMPUTES: activations kept until backward. `kernels` are not in `traffic`.
+    `selective_traffic`, `selective_kernels` and `selective_attention` are redone by selective recomputation.
+    `gathered_bytes`: inputs of column-parallel GEMMs, each all-gathered (SP) or gradient-all-reduced (no SP);
+    `row_bytes`: outputs of row-parallel GEMMs.
     `last_gemm`: the last product, if backward needs neither its result nor what follows (a residual addition);
     `last_sum_bytes`: the last of `row_bytes`, if backward needs nothing that follows its sum, else 0.
     `dropped_bytes`: tensors of the residual stream that dropout acts on, if the engine has it: what row-parallel
@@ -73,8 +89,10 @@ class LayerFacts:
     matmuls: tuple[Op, ...]
     attentions: tuple[Op, ...]
     traffic: tuple[Traffic, ...]
+    kernels: tuple[KernelCalls, ...]
     saved: tuple[LayoutBytes, LayoutBytes, LayoutBytes]
     selective_traffic: tuple[Traffic, ...]
+    selective_kernels: tuple[KernelCalls, ...]
     selective_attention: bool
     gathered_bytes: tuple[float, ...]
     row_bytes: tuple[float, ...]
@@ -152,7 +170,8 @@ def _saved(layer: LayerClass, engine: EngineSpec) -> set[int]:
     if engine.attention == "unfused":
         saved -= {a for op in layer.ops if op.kind is OpKind.ATTENTION for a in op.outputs[1:]}
     if engine.fuses_elementwise:
-        for members in _fused_groups(layer, range(len(layer.ops)), fuse=True):
+        own = [i for i, op in enumerate(layer.ops) if kernel_of(op) is None]
+        for members in _fused_groups(layer, own, fuse=True):
             made = {a for i in members for a in layer.ops[i].outputs}
             outside = {a for i, op in enumerate(layer.ops) if i not in members for a in op.inputs}
             read = {a for i in members for a in layer.ops[i].inputs}
@@ -186,14 +205,27 @@ def _fused_groups(layer: LayerClass, op_indices: Iterable[int], fuse: bool) -> l
 
 
 def _op_traffic(layer: LayerClass, op_indices: list[int], fuse: bool) -> tuple[Traffic, ...]:
-    """Traffic of the memory-bound ops in `op_indices`, by cut."""
+    """Traffic of the memory-bound ops in `op_indices` that are no kernels of ours, by cut."""
     sums: dict[tuple[TpCut, bool], tuple[float, int]] = {}
-    for members in _fused_groups(layer, op_indices, fuse):
+    for members in _fused_groups(layer, [i for i in op_indices if kernel_of(layer.ops[i]) is None], fuse):
         first = layer.ops[members[0]]
         num_bytes = _group_bytes(layer, members)
         old = sums.get((first.cut, first.routed), (0.0, 0))
         sums[first.cut, first.routed] = (old[0] + num_bytes, old[1] + 1)
     return tuple(Traffic(cut, routed, b, n) for (cut, routed), (b, n) in sums.items())
+
+
+def _kernel_calls(
+    layer: LayerClass, op_indices: list[int], kernels: Mapping[str, str]
+) -> tuple[KernelCalls, ...]:
+    """Calls of kernels of ours in `op_indices`, by kernel and cut."""
+    sums: dict[tuple[str, TpCut], tuple[float, int]] = {}
+    for op in (layer.ops[i] for i in op_indices):
+        kernel = kernel_of(op)
+        if kernel is not None:
+            num_bytes, count = sums.get((kernel, op.cut), (0.0, 0))
+            sums[kernel, op.cut] = (num_bytes + op.bytes_moved, count + 1)
+    return tuple(KernelCalls(kernel, cut, choices_of(kernels, kernel), *s) for (kernel, cut), s in sums.items())
 
 
 def _group_bytes(layer: LayerClass, members: list[int]) -> float:
@@ -220,11 +252,14 @@ def layer_facts(layer: LayerClass, engine: EngineSpec) -> LayerFacts:
     """Sum up `layer` as `engine` runs it."""
     as_run = fused_swiglu(fused_norms(layer, engine.kernels), engine.kernels)
     fused = fused_loss(as_run, engine.kernels)
-    facts = _facts(as_run, fused, engine)
-    return facts if fused is None and as_run is layer else replace(facts, traced=_facts(layer, None, engine))
+    facts = _facts(as_run, fused, engine, engine.kernels)
+    same = fused is None and as_run is layer and not facts.kernels
+    return facts if same else replace(facts, traced=_facts(layer, None, engine, {}))
 
 
-def _facts(layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec) -> LayerFacts:
+def _facts(
+    layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec, kernels: Mapping[str, str]
+) -> LayerFacts:
     head = chunked_head(layer) if engine.kernels else None
     layer = layer if fused is None else fused.layer
     layer = expert_facts.combined_whole(layer) if engine.sums_experts_once else layer
@@ -233,12 +268,11 @@ def _facts(layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec) -> La
     matmuls = tuple(op for op in ops if op.kind in matmul_kinds and op.gemm is not None)
     bound = [i for i, op in enumerate(ops) if op.kind in MEMORY_BOUND]
     traffic = _op_traffic(layer, bound, engine.fuses_elementwise)
+    calls = _kernel_calls(layer, bound, kernels)
     saved = _saved(layer, engine)
     kinds = frozenset(engine.selective_recompute)
     keep, redone = _selective_keep(layer, saved, kinds)
-    redone_traffic = _op_traffic(
-        layer, [i for i in bound if i in redone], engine.fuses_elementwise
-    )
+    again = [i for i in bound if i in redone]
     none = _sum_layouts(layer, saved)
     full = LayoutBytes(outer_bytes=float(layer.input_bytes))
     gathered, rows = expert_facts.tp_tensors(layer, engine.sums_experts_once)
@@ -255,8 +289,10 @@ def _facts(layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec) -> La
         matmuls=matmuls,
         attentions=tuple(op for op in ops if op.attention is not None),
         traffic=traffic,
+        kernels=calls,
         saved=(none, _sum_layouts(layer, keep), full),
-        selective_traffic=redone_traffic,
+        selective_traffic=_op_traffic(layer, again, engine.fuses_elementwise),
+        selective_kernels=_kernel_calls(layer, again, kernels),
         selective_attention=OpKind.ATTENTION in kinds,
         gathered_bytes=tuple(gathered),
         row_bytes=tuple(rows),
@@ -279,7 +315,8 @@ def _facts(layer: LayerClass, fused: FusedLoss | None, engine: EngineSpec) -> La
         head=head,
         loss_saved=_sum_layouts(layer, lost & saved),
         permute_bytes=tuple(float(_out_bytes(layer, op)) for op in ops if op.kind is OpKind.PERMUTE),
-        launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic),
+        launches=len(matmuls) + 2 * sum(op.attention is not None for op in ops) + sum(t.num_kernels for t in traffic)
+        + sum(c.num_calls for c in calls),
     )
 
 

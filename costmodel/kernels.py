@@ -1,30 +1,26 @@
-"""Which implementation of planner.kernels runs what, an engine's trait, and what it makes of a layer. No torch.
+"""What a choice of kernels (kernel_choice.py) makes of a layer: ops of planner.kernels in place of others. No torch.
 
-An engine without choices runs what was traced. tests/cpu/kernels/test_dispatch.py holds this file to what
-planner.kernels declares, and to the bytes that its formulas count.
+Such an op is called planner_kernels::NAME, as where a model calls one itself, and its bytes are those that our kernel
+moves forward. An engine without choices runs what was traced.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.costmodel.graph import LayerClass, Op, OpKind, TpCut
+from planner.costmodel.kernel_choice import KERNELS
 
 Array = NDArray[np.float64]
-# Ops with a Triton kernel ("ours"), which planner.runtime runs on GPUs; add_rms_norm and rope where a model calls them.
-TRITON_OPS = ("add_rms_norm", "ce_combine", "ce_grad", "ce_grad_", "ce_stats", "merge_partials", "moe_permute",
-              "moe_unpermute", "moe_unpermute_backward", "pack_heads", "pack_sequence", "ring_step",
-              "ring_step_backward", "rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward",
-              "unpack_heads", "unpack_sequence")  # fmt: skip
 # A memory-bound backward kernel reads the output gradient and what forward saved and writes the input
 # gradient: three passes where forward makes two (MODELLED).
 BACKWARD_TRAFFIC = 1.5
-# Passes over the logits in their own type, read or written: one forward, two backward.
-LOSS_PASSES = {"ours": 1 + 2}
-SWIGLU_PASSES = 3 + 5  # over the gate, the same way: gate, up and result; backward the gradients of the three, gate, up
+SWIGLU_PASSES = 3  # over the gate, read or written: gate, up and result
+_NAMESPACE = "planner_kernels"
 _CONVERSIONS = ("_to_copy", "to_float")
 CHUNK_ROWS = 2048  # rows of logits that the chunked loss makes at once; two such chunks exist at most
 CHUNK_KERNELS = 8  # launches of a chunk in bf16: three products, statistics, combining them, gradient, two sums
@@ -39,20 +35,30 @@ class FusedLoss:
     logits_bytes: int
 
 
-def kernels_on(device: str) -> dict[str, str]:
-    """The choice of every op of the runtime on a device of this name: "ours", on a CPU "torch"."""
-    return dict.fromkeys(TRITON_OPS, "torch" if device == "cpu" else "ours")
+def kernel_of(op: Op) -> str | None:
+    """The kernel of KERNELS that an op is a call of; None if it is none."""
+    space, _, name = op.name.rpartition(".")[2].rpartition("::")
+    return name if space == _NAMESPACE and name in KERNELS else None
 
 
-def fused_loss(layer: LayerClass, kernels: dict[str, str]) -> FusedLoss | None:
+def _runs(kernels: Mapping[str, str], op: str) -> bool:
+    """Whether a kernel stands in for what a module does by itself."""
+    return kernels.get(op, "torch") != "torch"
+
+
+def _named(name: str, kernel: str) -> str:
+    """An op's name with the kernel in the place of what it was."""
+    return f"{name.rpartition('.')[0]}.{_NAMESPACE}::{kernel}".lstrip(".")
+
+
+def fused_loss(layer: LayerClass, kernels: Mapping[str, str]) -> FusedLoss | None:
     """`layer` with the chosen cross-entropy in the place of the traced one; None without a choice or such a loss.
 
     Traced are a conversion to float32, a log-softmax, whose output is kept, and the pick of the target. In their place
-    stands one kernel that reads the logits, which are kept instead, and in backward one that reads them and writes
-    their gradient. Backward is priced as BACKWARD_TRAFFIC times forward, so forward carries its share of all passes.
+    stands one kernel that reads the logits, which are kept instead.
     """
-    passes, chain = LOSS_PASSES.get(kernels.get("ce_stats", "")), _loss_chain(layer)
-    if passes is None or not chain:
+    chain = _loss_chain(layer) if _runs(kernels, "ce_stats") else []
+    if not chain:
         return None
     logits = layer.ops[chain[0]].inputs[0]
     num_bytes = layer.activations[logits].num_bytes
@@ -60,8 +66,10 @@ def fused_loss(layer: LayerClass, kernels: dict[str, str]) -> FusedLoss | None:
     ops = list(layer.ops)
     for i in chain:
         ops[i] = replace(ops[i], kind=OpKind.VIEW, bytes_moved=0)
-    moved = round(passes / (1 + BACKWARD_TRAFFIC) * num_bytes)
-    ops[chain[-1]] = replace(ops[chain[-1]], kind=OpKind.LOSS, cut=ops[chain[0]].cut, bytes_moved=moved)
+    ops[chain[-1]] = replace(
+        ops[chain[-1]], name=_named(ops[chain[-1]].name, "cross_entropy"), kind=OpKind.LOSS, cut=ops[chain[0]].cut,
+        bytes_moved=num_bytes,
+    )  # fmt: skip
     activations = tuple(
         replace(a, saved=i == logits) if i == logits or i in made else a for i, a in enumerate(layer.activations)
     )
@@ -74,22 +82,29 @@ def fused_loss(layer: LayerClass, kernels: dict[str, str]) -> FusedLoss | None:
 _NORM_CHAIN = ("pow", "mean", "add", "rsqrt", "mul", "mul")
 
 
-def fused_norms(layer: LayerClass, kernels: dict[str, str]) -> LayerClass:
-    """`layer` with one kernel in the place of every RMSNorm that a module takes apart, if the runtime has one for it.
+def fused_norms(layer: LayerClass, kernels: Mapping[str, str]) -> LayerClass:
+    """`layer` with one kernel in the place of every RMSNorm, if one is chosen.
 
-    It reads and keeps its input; nothing between is kept.
+    Where a module took it apart, the kernel reads and keeps its input; nothing between is kept.
     """
-    chains = _norm_chains(layer) if kernels.get("rms_norm") == "ours" else []
-    if not chains:
+    if not _runs(kernels, "rms_norm"):
+        return layer
+    chains = _norm_chains(layer)
+    whole = {i for i, op in enumerate(layer.ops) if op.kind is OpKind.NORM and op.name.rpartition(".")[2] == "rms_norm"}
+    if not chains and not whole:
         return layer
     ops, activations = list(layer.ops), list(layer.activations)
+    for i in whole:
+        ops[i] = replace(ops[i], name=_named(ops[i].name, "rms_norm"))
     for chain in chains:
         source, made = layer.ops[chain[0]].inputs[0], {a for i in chain for a in layer.ops[i].outputs}
         last, out = layer.ops[chain[-1]], layer.ops[chain[-1]].outputs[0]
         moved = activations[source].num_bytes + activations[out].num_bytes + last.weight_bytes
         for i in chain:
             ops[i] = replace(ops[i], kind=OpKind.VIEW, bytes_moved=0)
-        ops[chain[-1]] = replace(last, kind=OpKind.NORM, inputs=(source,), bytes_moved=moved)
+        ops[chain[-1]] = replace(
+            last, name=_named(last.name, "rms_norm"), kind=OpKind.NORM, inputs=(source,), bytes_moved=moved
+        )
         for a in made - {out}:
             activations[a] = replace(activations[a], saved=False)
         activations[source] = replace(activations[source], saved=True)
@@ -109,21 +124,23 @@ def _norm_chains(layer: LayerClass) -> list[list[int]]:
     return found
 
 
-def fused_swiglu(layer: LayerClass, kernels: dict[str, str]) -> LayerClass:
-    """`layer` with one kernel in the place of silu(gate) * up in every gated MLP, if the runtime has one for it.
+def fused_swiglu(layer: LayerClass, kernels: Mapping[str, str]) -> LayerClass:
+    """`layer` with one kernel in the place of silu(gate) * up in every gated MLP, if one is chosen.
 
     Its gradient needs gate and up alone, so that silu(gate) is not kept.
     """
-    pairs = _swiglu_pairs(layer) if kernels.get("swiglu") == "ours" else []
+    pairs = _swiglu_pairs(layer) if _runs(kernels, "swiglu") else []
     if not pairs:
         return layer
     ops, activations = list(layer.ops), list(layer.activations)
     for silu, product in pairs:
         (gate,), (middle,), (out,) = ops[silu].inputs, ops[silu].outputs, ops[product].outputs
         factors = tuple(dict.fromkeys((gate, *(a for a in ops[product].inputs if a != middle))))
-        moved = round(SWIGLU_PASSES / (1 + BACKWARD_TRAFFIC) * activations[out].num_bytes)
         ops[silu] = replace(ops[silu], kind=OpKind.VIEW, bytes_moved=0)
-        ops[product] = replace(ops[product], inputs=factors, bytes_moved=moved)
+        ops[product] = replace(
+            ops[product], name=_named(ops[product].name, "swiglu"), inputs=factors,
+            bytes_moved=SWIGLU_PASSES * activations[out].num_bytes,
+        )  # fmt: skip
         activations[middle] = replace(activations[middle], saved=False)
         for a in factors:
             activations[a] = replace(activations[a], saved=True)

@@ -18,11 +18,10 @@ from planner.costmodel.evidence import Source, weakest
 from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import LayerClass
 from planner.costmodel.hardware import Table
+from planner.costmodel.kernel_choice import WAYS
 from planner.costmodel.keys import Array, Keys, Machine
 from planner.costmodel.measured import covered
 from planner.costmodel.price import LayerPrice, price_layer, rank_gemm
-
-WAYS = ("forward", "backward")
 
 
 @lru_cache(maxsize=256)

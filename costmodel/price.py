@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.costmodel import compute, layer_comm
-from planner.costmodel.facts import LayerFacts, LayoutBytes, Traffic
+from planner.costmodel.facts import KernelCalls, LayerFacts, LayoutBytes, Traffic
 from planner.costmodel.graph import Op, OpKind, TpCut
+from planner.costmodel.kernel_choice import RING_SCORE_BYTES, kernel_s
 from planner.costmodel.kernels import BACKWARD_TRAFFIC, CHUNK_KERNELS, CHUNK_ROWS, weight_sum_bytes
 from planner.costmodel.keys import Array, Keys, Machine
 
@@ -104,7 +105,8 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     gemm_f, gemm_b, gemm_w = _matmuls(facts, keys, machine)
     attention_f, attention_b = _attention(facts, keys, machine)
     memory_f = _traffic(facts.traffic, keys, machine) + _dropout(facts, keys, machine)
-    memory_b = BACKWARD_TRAFFIC * memory_f
+    memory_b = BACKWARD_TRAFFIC * memory_f + _kernels(facts.kernels, keys, machine, backward=True)
+    memory_f = memory_f + _kernels(facts.kernels, keys, machine)
     sums_s, chunk_launches = _chunk_sums(facts, keys, machine)
     memory_f = memory_f + sums_s
     tp_f, tp_b = layer_comm.tensor_parallel_s(facts, keys, machine, gemm_f, gemm_b + gemm_w)
@@ -121,7 +123,7 @@ def price_layer(facts: LayerFacts, keys: Keys, machine: Machine) -> LayerPrice:
     busy_b = gemm_b + gemm_w + attention_b + memory_b + accumulate_w + tp_b + cp_b + ep_f
     launch_b = host_bound_s(busy_b, 2 * floor + cut_b, blocking)
     zero = np.zeros_like(keys.tp)
-    selective = _traffic(facts.selective_traffic, keys, machine)
+    selective = _traffic(facts.selective_traffic, keys, machine) + _kernels(facts.selective_kernels, keys, machine)
     if facts.selective_attention:
         selective = selective + attention_f
     if machine.engine.selective_gathers_again:
@@ -233,8 +235,22 @@ def _attention(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, 
                 backward=backward,
             )
             flops = (op.backward_flops if backward else op.flops) * share
-            totals[i] = totals[i] + np.maximum(seconds, flops / at_best)
+            totals[i] = totals[i] + np.maximum(seconds, flops / at_best) + _ring_scores(op, keys, machine, backward)
     return totals[0], totals[1]
+
+
+def _ring_scores(op: Op, keys: Keys, machine: Machine, backward: bool) -> Array:
+    """Seconds that torch's form of the ring step takes for its scores, where it is chosen over the kernel on a GPU.
+
+    A CPU has no other form and its ring is priced as attention (reports/closed_loop.md judges that).
+    """
+    a, device = op.attention, machine.cluster.device
+    chosen = machine.engine.kernels.get("ring_step_backward" if backward else "ring_step")
+    if a is None or chosen != "torch" or device.name == "cpu":
+        return np.zeros_like(keys.tp)
+    rows = a.batch * keys.micro_batch_size * a.q_heads / (keys.cut(op.cut) * keys.ulysses) * a.q_len / keys.ring
+    seconds = compute.memory_bound_s(device, RING_SCORE_BYTES[backward] * rows * a.kv_len, 0)
+    return np.where(keys.ring > 1, seconds, 0.0)
 
 
 def _traffic(traffic: tuple[Traffic, ...], keys: Keys, machine: Machine) -> Array:
@@ -242,6 +258,18 @@ def _traffic(traffic: tuple[Traffic, ...], keys: Keys, machine: Machine) -> Arra
     for part in traffic:
         num_bytes = part.num_bytes * keys.tokens / keys.cut(part.cut)
         total = total + compute.memory_bound_s(machine.cluster.device, num_bytes, part.num_kernels)
+    return total
+
+
+def _kernels(calls: tuple[KernelCalls, ...], keys: Keys, machine: Machine, backward: bool = False) -> Array:
+    """Seconds of kernels of ours by the implementations chosen."""
+    total = np.zeros_like(keys.tp)
+    for part in calls:
+        num_bytes = part.num_bytes * keys.tokens / keys.cut(part.cut)
+        device = machine.cluster.device
+        total = total + kernel_s(
+            device, machine.dtype, part.kernel, part.choices, num_bytes, part.num_calls, backward=backward
+        )
     return total
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from planner.costmodel.evidence import Source
 from planner.costmodel.hardware import COLLECTIVES, from_dict, to_dict
+from planner.costmodel.kernel_choice import sample_names
 from planner.costmodel.strict import canonical_json
 
 SCHEMA = "planner.profile/1"
@@ -31,6 +32,7 @@ DIMS: dict[str, tuple[str, ...]] = {
     "gemm": ("batch", "m", "n", "k"),
     "attention": ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim_qk", "head_dim_v"),
     "memory": ("num_bytes",),
+    "kernel": ("num_bytes",),  # of planner.kernels; bytes that ours moves forward, whatever is measured
     "optimizer": ("num_params",),
     "copy": ("num_bytes",),
     "launch": (),
@@ -43,6 +45,7 @@ DIMS: dict[str, tuple[str, ...]] = {
 NAMES: dict[str, tuple[str, ...]] = {
     "attention": ("causal/forward", "causal/backward", "full/forward", "full/backward"),
     "memory": ("elementwise", "norm", "softmax", "embedding", "loss"),
+    "kernel": sample_names(),
     "copy": ("h2d", "d2h"),
     "runtime": (*(f"{option}/{way}" for option in RUNTIME for way in ("forward", "backward")), "pp/step"),
     **dict.fromkeys(("collective", "collective_pair", "collective_gemm"), COLLECTIVES),
@@ -179,7 +182,7 @@ def work_of(sample: Sample) -> tuple[float, str] | None:
         flops = 2 * d["batch"] * d["q_heads"] * d["q_len"] * d["kv_len"] * (d["head_dim_qk"] + d["head_dim_v"])
         causal, _, way = sample.name.partition("/")
         return flops * (0.5 if causal == "causal" else 1.0) * (2.5 if way == "backward" else 1.0), "flops"
-    if sample.kind in ("memory", "copy", "collective"):
+    if sample.kind in ("memory", "kernel", "copy", "collective"):
         return d["num_bytes"], "bytes"
     return (d["num_params"], "parameters") if sample.kind == "optimizer" else None
 

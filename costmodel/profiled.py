@@ -18,6 +18,7 @@ from planner.costmodel import comm
 from planner.costmodel.compute import attention_s, attention_table, gemm_fit, gemm_s, memory_bound_s
 from planner.costmodel.evidence import Quantity, Source
 from planner.costmodel.hardware import AttentionFit, ClusterSpec, CollectiveFit, DeviceSpec, Table
+from planner.costmodel.kernel_choice import table_name
 from planner.costmodel.measured import make_table
 from planner.costmodel.profile import Conditions, Profile, ProfileError, Sample, profile_sha256
 
@@ -155,6 +156,9 @@ def _device(device: DeviceSpec, samples: list[Sample], note: str) -> DeviceSpec:
     if rows:
         device = _memory(device, rows, note)
         tables["memory"] = make_table(("num_bytes",), _mean_by(rows))
+    for dtype, name in sorted({(s.dtype, s.name) for s in _of(samples, "kernel")}):
+        rows = [s for s in _of(samples, "kernel", dtype) if s.name == name]
+        tables[table_name(dtype, name)] = make_table(("num_bytes",), _mean_by(rows))
     for kind, axis in (("optimizer", "num_params"), ("copy", "num_bytes")):
         if _of(samples, kind):
             tables[kind] = make_table((axis,), _mean_by(_of(samples, kind)))

@@ -124,7 +124,8 @@ def attention_at(facts: ModelFacts, seq_len: int) -> ModelFacts:
             if (a := op.attention) is not None
         )
         return replace(
-            layer, matmuls=(), attentions=ops, traffic=(), selective_traffic=(), gathered_bytes=(), row_bytes=(),
+            layer, matmuls=(), attentions=ops, traffic=(), selective_traffic=(), kernels=(),
+            selective_kernels=(), gathered_bytes=(), row_bytes=(),
             vocab_row_bytes=0.0, vocab_gathered_bytes=0.0, permute_bytes=(), dropped_bytes=0.0, launches=0,
             last_gemm=None, last_sum_bytes=0.0,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
+from planner.costmodel import kernel_choice
 from planner.costmodel.engine import EngineSpec
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
@@ -87,8 +88,10 @@ def _sizes(inputs: Inputs, spec: PlanSpec) -> Iterator[Finding]:
 
 
 def check_model(inputs: Inputs, spec: PlanSpec, searched: bool = False) -> Iterator[Finding]:
-    """Whether the degrees divide what they must of the model."""
+    """Whether the degrees divide what they must of the model, and the kernels exist."""
     graph = inputs.graph
+    wrong = kernel_choice.problems(inputs.engine.kernels)
+    yield Finding(name="kernels", ok=not wrong, detail="; ".join(wrong) or "every op has what is chosen for it")
     yield _whole("tp", _tp_problems(graph, spec))
     yield _whole("cp", _cp_problems(graph, spec))
     yield _whole("ep", _ep_problems(graph, spec))

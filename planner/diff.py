@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from planner.build import options_of
 from planner.plan import Plan
-from planner.views import leaves
+from planner.views import kernels_text, leaves
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def decision_changes(a: Plan, b: Plan) -> tuple[Change, ...]:
     """What the plans decide."""
     mine, other = options_of(a.decisions), options_of(b.decisions)
     fields = [(name, str(mine[name]), str(other[name])) for name in mine]
-    fields.append(("stages", _stages(a), _stages(b)))
+    fields += [("stages", _stages(a), _stages(b)), ("kernels", kernels_text(a.inputs), kernels_text(b.inputs))]
     found = _differing(tuple(fields))
     named = {change.field for change in found}
     if a.decisions.layers != b.decisions.layers and not named & {"recompute", "offload_activations_layers"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from planner.build import options_of
@@ -9,9 +10,10 @@ from planner.costmodel.evidence import Source
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.interval import COVERAGE_FRAC, PLACEMENTS, Interval, has_experts, interval_of, placement_of
+from planner.costmodel.kernel_choice import OPS, is_measured, kernels_on
 from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import RECOMPUTE_KINDS, PlanSpec
-from planner.plan import Part, Plan
+from planner.plan import Inputs, Part, Plan
 from planner.render import GIB, Grid, count, gib, percent, seconds
 
 # Degrees by the names that scripts may rely on.
@@ -54,6 +56,25 @@ def cluster_line(cluster: ClusterSpec, num_gpus: int, engine: str) -> str:
         f"cluster  {cluster.name}  {nodes:,} x {min(num_gpus, cluster.node_size)} = {num_gpus:,} GPUs  "
         f"{cluster.device.memory_bytes.value / GIB:.0f} GiB each  {links}  engine {engine}"
     )
+
+
+def kernels_text(inputs: Inputs) -> str:
+    """The implementation of most kernels, and of the others by op: "ours; rms_norm liger (measured)"."""
+    counts = Counter(inputs.engine.kernels.values())
+    most = max(counts, key=lambda how: counts[how], default="the engine's own")
+    others = [
+        f"{op} {how}" + " (measured)" * is_measured(inputs.cluster.device.measured, inputs.graph.dtype, op, how)
+        for op, how in sorted(inputs.engine.kernels.items())
+        if how != most and OPS.get(op) != (how,)
+    ]
+    return "; ".join(filter(None, (most, ", ".join(others))))
+
+
+def kernel_lines(plan: Plan) -> tuple[str, ...]:
+    """One line about a choice that is not the one of a device where nobody chose; nothing about any other."""
+    kernels, default = plan.inputs.engine.kernels, kernels_on(plan.inputs.cluster.device.name)
+    chosen = any(how != default.get(op) for op, how in kernels.items())
+    return (f"kernels  {kernels_text(plan.inputs)}",) if chosen else ()
 
 
 def option_cells(spec: PlanSpec) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ _OTHERS = {"_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_qr", "_linalg_svd", "lina
 MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 GROUPED = "_grouped_mm"
 _MISPRICED = (GROUPED, "_scaled_dot_product")  # 0 FLOPs, and not halved when causal or 0 on a CPU
+KERNELS = "planner_kernels"  # the namespace of planner.kernels
 # Ops of planner.kernels whose names do not say their kind already.
 _KERNELS = {"gla": OpKind.SCAN, "ce_stats": OpKind.LOSS, "ce_combine": OpKind.LOSS, "moe_permute": OpKind.PERMUTE,
             "moe_unpermute": OpKind.PERMUTE}  # fmt: skip
@@ -94,6 +95,14 @@ def true_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
     formula = FORMULAS.get(func._overloadpacket)
     return formula(*args, **kwargs, out=out).flops if formula else counted_flops(func, args, kwargs, out)
+
+
+def kernel_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes that a kernel of planner.kernels moves by its formula: it may read twice, or write what only it sees."""
+    from planner.kernels.counters import FORMULAS
+
+    moved: int = FORMULAS[func._overloadpacket](*args, **kwargs, out=out).moved_bytes
+    return moved
 
 
 def grouped_dims(args: tuple[Any, ...]) -> Gemm:

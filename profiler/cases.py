@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy as np
 from planner.costmodel.comm import group_place
 from planner.costmodel.graph import LayerClass, ModelGraph
 from planner.costmodel.hardware import COLLECTIVES, ClusterSpec
+from planner.costmodel.kernel_choice import KERNELS, WAYS
 from planner.costmodel.keys import Keys
-from planner.costmodel.layer_times import WAYS, layer_name
+from planner.costmodel.layer_times import layer_name
 from planner.costmodel.price import rank_gemm
 from planner.costmodel.profile import DIMS, NAMES
 
@@ -25,10 +26,13 @@ PROLOGUE, EPILOGUE = "<prologue>", "<epilogue>"  # instead of a layer's module p
 _DEFAULT_ROWS = (128, 512, 2048, 8192)
 _DEFAULT_WIDTHS = (256, 1024, 4096, 16384)
 _MEMORY_BYTES = tuple(2.0**e for e in range(12, 29, 2))
+_KERNEL_BYTES = tuple(2.0**e for e in range(18, 29, 2))  # gated linear attention has 1.2 MB a head, and two at least
+_MOST_LAUNCHES = 100  # of an implementation that is worth measuring
 _COMM_BYTES = tuple(2.0**e for e in range(12, 27, 2))
 # What the cases of a kind weigh together: what is measured first before anything is known.
-_WEIGHTS = {"gemm": 1.0, "attention": 0.5, "layer": 2.0, "memory": 0.5, "optimizer": 0.3, "collective": 2.0,
-            "collective_pair": 0.1, "collective_gemm": 0.2, "launch": 0.2, "copy": 0.1, "runtime": 0.5}  # fmt: skip
+_WEIGHTS = {"gemm": 1.0, "attention": 0.5, "layer": 2.0, "memory": 0.5, "kernel": 0.5, "optimizer": 0.3,
+            "collective": 2.0, "collective_pair": 0.1, "collective_gemm": 0.2, "launch": 0.2, "copy": 0.1,
+            "runtime": 0.5}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,19 @@ def op_cases(graph: ModelGraph | None, dtype: str, world: int, memory_bytes: flo
     found += [_case("copy", name, "", (b,), 1.0) for name in NAMES["copy"] for b in sizes]
     found.append(_case("launch", "", "", (), 1.0))
     return [case for case in found if _bytes(case) <= memory_bytes / 4]
+
+
+def kernel_cases(dtype: str, memory_bytes: float, installed: Collection[str]) -> list[Case]:
+    """Every kernel of planner.kernels by every implementation whose package is installed, over sizes."""
+    return [
+        _case("kernel", f"{name}/{way}/{how}", dtype, (num_bytes,), 1.0)
+        for name, kernel in KERNELS.items()
+        for way, moves in zip(WAYS, kernel.moves, strict=True)
+        for how, (_, launches) in moves.items()
+        if how in installed and launches <= _MOST_LAUNCHES
+        for num_bytes in _KERNEL_BYTES
+        if num_bytes <= memory_bytes / 16 and not (name == "gla" and num_bytes < 2.0**22)
+    ]
 
 
 def _bytes(case: Case) -> float:

@@ -118,7 +118,13 @@ def _launch(case: Case, device: torch.device) -> Job:
     return Job(work=lambda: x.add_(1))
 
 
+def _kernel(case: Case, device: torch.device) -> Job:
+    from planner.profiler.kernel_ops import make_kernel  # the kernels take a second to import
+
+    return make_kernel(case, device)
+
+
 _MAKERS: dict[str, Callable[[Case, torch.device], Job]] = {
     "gemm": _gemm, "attention": _attention, "memory": _memory, "optimizer": _optimizer, "copy": _copy,
-    "launch": _launch,
+    "launch": _launch, "kernel": _kernel,
 }  # fmt: skip

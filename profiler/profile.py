@@ -28,8 +28,9 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.profile import Conditions, Profile, Sample, make_profile, merge
 from planner.costmodel.profiled import same_kernel
+from planner.kernels import dispatch
 from planner.profiler.awake import cores_awake
-from planner.profiler.cases import Case, comm_cases, layer_cases, op_cases, runtime_cases, weighted
+from planner.profiler.cases import Case, comm_cases, kernel_cases, layer_cases, op_cases, runtime_cases, weighted
 from planner.profiler.errors import TraceError
 from planner.profiler.graph_io import encode_graph
 from planner.profiler.trace import child_environment, trace_model
@@ -93,6 +94,8 @@ def list_cases(request: Request) -> list[Case]:
     if request.what in ("ops", "all"):
         for graph in graphs or (None,):
             found += op_cases(graph, dtype, request.ranks, memory_bytes)
+        if request.platform == "cuda":  # a CPU has torch's forms alone, and its layers are measured
+            found += kernel_cases(dtype, memory_bytes, [b for b in dispatch.BACKENDS if dispatch.installed(b)])
     if request.what in ("comm", "all"):
         found += comm_cases(request.cluster, request.ranks, memory_bytes) + runtime_cases(request.ranks)
     if request.what in ("model", "all"):

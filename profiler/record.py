@@ -183,8 +183,10 @@ class Recorder(TorchDispatchMode):
         self.add_op(self._describe(func, name, args, kwargs, out), tensors, outs)
 
     def _describe(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> RawOp:
+        own = func.namespace == aten.KERNELS
         op = RawOp(
-            name=name, module="", kind=aten.kind_of(name), inputs=(), outputs=(), views=(), out_shape=(),
+            name=f"{aten.KERNELS}::{name}" if own else name, module="", kind=aten.kind_of(name), inputs=(), outputs=(),
+            views=(), out_shape=(), bytes_moved=aten.kernel_bytes(func, args, kwargs, out) if own else 0,
         )  # fmt: skip
         op.flops_counted = aten.counted_flops(func, args, kwargs, out)
         op.flops = aten.true_flops(func, args, kwargs, out)
@@ -203,7 +205,7 @@ class Recorder(TorchDispatchMode):
             op.backward_flops = 2 * op.flops  # a custom op hides from here whether its inputs require gradients
         elif op.kind is OpKind.NORM and name.endswith("layer_norm"):
             op.vector = args[1][-1]
-        elif op.kind is OpKind.NORM and func.namespace == "planner_kernels":
+        elif op.kind is OpKind.NORM and own:
             op.vector = args[0].shape[-1]
         elif name in ("_softmax", "_safe_softmax", "_log_softmax", "mean", "sum", "amax", "var_mean"):
             op.vector = _reduced(args)
@@ -239,7 +241,7 @@ class Recorder(TorchDispatchMode):
             )
             return
         op.weight_bytes = sum(aten.tensor_bytes(t) for i, t in ins if self.storages[i].weights)
-        op.bytes_moved = sum(aten.tensor_bytes(t) for _, t in ins) + written
+        op.bytes_moved = op.bytes_moved or sum(aten.tensor_bytes(t) for _, t in ins) + written
 
     def _inherit(self, op: RawOp, sources: list[Storage]) -> None:
         here = (self.segment.index, len(self.segment.ops))

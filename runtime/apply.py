@@ -18,10 +18,20 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.strategy import PlanSpec
-from planner.kernels import dispatch
 from planner.plan import Plan
+from planner.runtime import (
+    chosen,
+    expert_cuts,
+    experts,
+    gated,
+    head,
+    norms,
+    rules_kernels,
+    rules_math,
+    rules_shape,
+    zero,
+)
 from planner.runtime import cuts as cutting
-from planner.runtime import expert_cuts, experts, gated, head, norms, rules_kernels, rules_math, rules_shape, zero
 from planner.runtime.chain import Chain
 from planner.runtime.deferred import Tape
 from planner.runtime.errors import RuntimePlanError
@@ -360,11 +370,7 @@ def parallelize_plan(model: nn.Module, plan: Plan, **options: Any) -> Parallel:
 
     On a GPU the plan's choice of kernels holds from now on. RuntimePlanError when it cannot be honoured here.
     """
-    if options.get("device", torch.device("cpu")).type == "cuda":
-        try:
-            dispatch.choose(plan.inputs.engine.kernels)
-        except dispatch.DispatchError as error:
-            raise RuntimePlanError(f"kernels of this plan: {error}: install triton") from None
+    chosen.adopt(plan, options.get("device", torch.device("cpu")).type)
     options.setdefault("seq_len", plan.inputs.seq_len)
     options.setdefault("compiled", plan.inputs.engine.compiles)
     return parallelize(model, plan.decisions, plan.inputs.graph, **options)

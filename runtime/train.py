@@ -77,6 +77,7 @@ def main(args: argparse.Namespace) -> int:
     from planner.runtime.model_source import check_room, load_source
 
     plan = read_plan(args.plan)
+    _adopt_kernels(plan)
     check_room(plan.inputs.graph.num_params, args.init)
     source = load_source(args.model, args.seed, args.init)
     _check_source(plan, source, args)
@@ -99,6 +100,15 @@ def main(args: argparse.Namespace) -> int:
     if started:
         dist.destroy_process_group()
     return 0
+
+
+def _adopt_kernels(plan: Plan) -> None:
+    """Before anything is loaded: whether what the plan's kernels need is here."""
+    import torch
+
+    from planner.runtime.chosen import adopt
+
+    adopt(plan, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _check_source(plan: Plan, source: Source, args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from planner.build import Job
+from planner.commands import kernels
 from planner.costmodel.engine import ENGINES, EngineSpec, get_engine
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.graph import ModelGraph
@@ -79,6 +80,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
                         help=f"what will run the plan: {', '.join(ENGINES)} (default: %(default)s)")  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FILE",
                         help="what `planner profile` measured, instead of the cluster's preset figures")  # fmt: skip
+    kernels.add_argument(parser)
     parser.add_argument("--global-batch", type=whole, metavar="N",
                         help="sequences of one optimizer step (default: the model's GLOBAL_BATCH_SIZE)")  # fmt: skip
     parser.add_argument("--seq-len", type=whole, metavar="N", help="tokens a sequence (default: the model's SEQ_LEN)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from planner.build import Job, build_plan, inputs_of
 from planner.check import check_plan, check_structure, problems
-from planner.commands import arguments
+from planner.commands import arguments, kernels
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import UserError
 from planner.files import read_plan, write_atomic
@@ -21,6 +21,7 @@ from planner.views import (
     cluster_line,
     headline,
     interval_line,
+    kernel_lines,
     memory_grid,
     plan_data,
     plan_row,
@@ -30,6 +31,8 @@ from planner.views import (
 EPILOG = (
     "planner estimate plan.json                                   prices a written plan with today's cost model\n"
     "planner estimate model.py --gpus 64 --tp 8 --pp 4 --mbs 1    prices your own layout; dp fills the rest\n"
+    "planner estimate plan.json --kernels torch                   the same plan with other kernels\n"
+    f"{kernels.EPILOG}\n"
     f"NOTE: {arguments.SANDBOX}."
 )
 _DEGREES = ("tp", "pp", "vpp", "ulysses", "ring", "ep")
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.model)
     if path.suffix == ".json" and not path.exists():
         raise UserError(f"{path}: no such file; give a plan.json, a config.json, a saved graph or a model.py")
-    plan = _repriced(path) if path.suffix == ".json" and _is_plan(path) else _given(args)
+    plan = _repriced(path, args.kernels) if path.suffix == ".json" and _is_plan(path) else _given(args)
     if args.output:
         write_atomic(args.output, encode_plan(plan))
     arguments.answer(_report(plan), args, to_file=False)
@@ -78,19 +81,20 @@ def _is_plan(path: Path) -> bool:
     return b'"planner.plan/' in data
 
 
-def _repriced(path: Path) -> Plan:
+def _repriced(path: Path, choice: str | None) -> Plan:
     """The plan of a file under today's cost model; its certificate holds only under the one that proved it."""
     old = read_plan(path)
     inputs = old.inputs
+    engine = inputs.engine if choice is None else kernels.chosen(choice, inputs.engine, inputs.cluster)
     job = Job(
         graph=inputs.graph,
-        machine=arguments.machine_of(inputs.graph, inputs.cluster, inputs.engine, inputs.num_gpus),
+        machine=arguments.machine_of(inputs.graph, inputs.cluster, engine, inputs.num_gpus),
         global_batch_size=inputs.global_batch_size,
         memory_margin_frac=inputs.memory_margin_frac,
         profile_sha256=inputs.profile_sha256,
     )
     plan = _priced(job, old.decisions)
-    return old if plan.predicted == old.predicted else plan
+    return old if (plan.predicted, plan.inputs) == (old.predicted, old.inputs) else plan
 
 
 def _priced(job: Job, spec: PlanSpec) -> Plan:
@@ -106,6 +110,7 @@ def _given(args: argparse.Namespace) -> Plan:
         raise UserError("give --gpus N: how many GPUs the plan runs on")
     cluster, engine = arguments.cluster_of(args.cluster), arguments.engine_of(args.engine)
     cluster, engine, profile_sha256 = arguments.profiled(args, cluster, engine, args.gpus)
+    engine = kernels.chosen(args.kernels, engine, cluster)
     graph = arguments.load_graph(args)
     job = Job(
         graph=graph,
@@ -142,6 +147,7 @@ def _report(plan: Plan) -> Report:
         Grid(columns=COLUMNS, rows=(row,)),
         step_line(predicted.breakdown),
         interval_line(plan),
+        *kernel_lines(plan),
         f"rate     {predicted.tokens_per_s:,.4g} tokens/s, MFU {percent(predicted.mfu_frac)} %; simulated step "
         f"{seconds(predicted.simulated_step_s)}",
         verdict,

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from planner.profiler.profile import Outcome, Progress, Request
 
 MEASURES = {
-    "ops": "kernels: GEMM, attention, memory-bound ones, optimizer, copies",
+    "ops": "kernels: GEMM, attention, memory-bound ones, optimizer, copies; on GPUs every installed form of norms, "
+    "SwiGLU, RoPE, loss and linear attention",
     "comm": "collectives over the groups of a mesh, two at once, and beside a GEMM",
     "model": "layers of a model.py, forward and backward",
     "all": "all of these",

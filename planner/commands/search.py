@@ -8,7 +8,7 @@ from pathlib import Path
 
 from planner.build import Job, build_plan
 from planner.check import Finding, check_plan, problems
-from planner.commands import arguments, sequences
+from planner.commands import arguments, kernels, sequences
 from planner.errors import InfeasibleError, UserError
 from planner.files import write_atomic
 from planner.objective import OBJECTIVES, Outcome, choose, gpu_counts
@@ -25,6 +25,7 @@ from planner.views import (
     cluster_line,
     headline,
     interval_line,
+    kernel_lines,
     plan_data,
     plan_row,
     step_line,
@@ -35,7 +36,8 @@ SCHEMA = "planner.search/1"
 EPILOG = (
     f"MODEL: model.py, model.py:function, a Hugging Face config.json or a saved graph. NOTE: {arguments.SANDBOX}.\n"
     "A config.json or a saved graph executes nothing of yours.\n\n"
-    f"options of --fix: {', '.join(arguments.FIXABLE)}\noptions of --forbid: {', '.join(arguments.FORBIDDABLE)}\n\n"
+    f"options of --fix: {', '.join(arguments.FIXABLE)}\noptions of --forbid: {', '.join(arguments.FORBIDDABLE)}\n"
+    f"{kernels.EPILOG}\n\n"
     "Ctrl-C returns the best plan so far with its gap (exit code 0), or exit code 130 if there is none.\n"
     "Nothing fits: exit code 3, with what would make it fit."
 )
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     path = arguments.output_path(args, "plan.json")
     cluster, engine = arguments.cluster_of(args.cluster), arguments.engine_of(args.engine)
     cluster, engine, profile_sha256 = arguments.profiled(args, cluster, engine, args.gpus)
+    engine = kernels.chosen(args.kernels, engine, cluster)
     limits = arguments.limits_of(engine, args.fix, args.forbid, args.executable_only)
     lengths = sequences.lengths_of(args)
     graph = arguments.load_graph(args)
@@ -266,6 +269,7 @@ def _report(job: Job, plan: Plan, result: SearchResult, path: Path, extra: tuple
         Grid(columns=COLUMNS, rows=tuple(rows)),
         step_line(predicted.breakdown),
         interval_line(plan),
+        *kernel_lines(plan),
         *extra,
         f"{certificate_line(plan)}; {result.search_s:.2f} s search",
         f"wrote    {path}{runs}  next: planner explain {path}",

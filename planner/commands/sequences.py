@@ -22,7 +22,7 @@ from planner.provenance import tool_version
 from planner.read_lengths import read_lengths
 from planner.render import Grid, Report, percent, seconds
 from planner.space import Limits
-from planner.views import cluster_line, plan_data
+from planner.views import cluster_line, kernel_lines, plan_data
 
 _GRAIN = 1024  # traced lengths are multiples of this, so that context-parallel degrees divide them
 
@@ -199,6 +199,7 @@ def report(plan: Plan, machine: Machine, path: Path) -> Report:
         f"model    {plan.inputs.graph.name}: {plan.inputs.graph.num_params / 1e9:.2f}B parameters",
         cluster_line(machine.cluster, machine.num_gpus, machine.engine.name),
         layout_line(plan),
+        *kernel_lines(plan),
         *sequence_parts(plan.sequences),
         f"runtime  {'; '.join(plan.executable_reasons) or 'runs it: python -m planner.runtime train'}",
         f"wrote    {path}  next: planner explain {path}",

@@ -18,6 +18,7 @@ import torch
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import machine_for
 from planner.costmodel.facts import layer_facts
+from planner.costmodel.kernel_choice import sample_names
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.profile import decode_profile
 from planner.files import read_plan
@@ -166,6 +167,7 @@ def test_noise_and_throttling_are_said() -> None:
         ("copy", "h2d", {"num_bytes": 1000}),
         ("copy", "d2h", {"num_bytes": 1000}),
         ("launch", "", {}),
+        *(("kernel", name, {"num_bytes": 4096}) for name in sample_names() if name.endswith("/torch")),
     ],
 )  # fmt: skip
 def test_every_kernel_runs(kind: str, name: str, dims: dict[str, float]) -> None:

@@ -11,7 +11,7 @@ from planner.costmodel.engine import get_engine
 from planner.costmodel.expert_facts import beside_experts, routed_block
 from planner.costmodel.facts import LayerFacts, LayoutBytes, layer_facts
 from planner.costmodel.graph import LayerClass, OpKind, ParamGroup, TpCut
-from planner.costmodel.kernels import BACKWARD_TRAFFIC, kernels_on
+from planner.costmodel.kernel_choice import KERNELS, kernels_on
 
 SBH = GPT.seq_len * GPT.hidden
 STATS = 4 * 4 * GPT.seq_len  # mean and inverse deviation of two layer norms, float32
@@ -72,9 +72,11 @@ def test_our_cross_entropy_moves_6_bytes_a_logit_and_keeps_2() -> None:
         layer_facts(graph().epilogue, dataclasses.replace(get_engine("planner"), kernels=kernels_on(device)))
         for device in ("h100-80gb", "cpu")
     )
-    ours, torchs = (sum(t.num_bytes for t in f.traffic if t.cut is TpCut.VOCAB) for f in (fused, eager))
-    assert ours * (1 + BACKWARD_TRAFFIC) == pytest.approx(6 * logits)
-    assert torchs > 2 * ours
+    (ours,) = (call for call in fused.kernels if call.cut is TpCut.VOCAB)
+    moved = sum(ours.num_bytes * way["ours"][0] for way in KERNELS[ours.kernel].moves)
+    assert (ours.kernel, ours.num_calls, moved) == ("cross_entropy", 1, 6 * logits)
+    assert not any(t.cut is TpCut.VOCAB for t in fused.traffic) and not eager.kernels
+    assert sum(t.num_bytes for t in eager.traffic if t.cut is TpCut.VOCAB) > 2 * moved
     assert (fused.loss_bytes, fused.loss_work_bytes) == (2 * logits, 2 * logits)
     assert (eager.loss_bytes, eager.loss_work_bytes) == (4 * logits, 8 * logits)
     assert total(eager.saved[0]) - total(fused.saved[0]) == pytest.approx(2 * logits, abs=4)
