@@ -22,8 +22,9 @@ BACKWARD_TRAFFIC = 1.5
 SWIGLU_PASSES = 3  # over the gate, read or written: gate, up and result
 _NAMESPACE = "planner_kernels"
 _CONVERSIONS = ("_to_copy", "to_float")
-CHUNK_ROWS = 2048  # rows of logits that the chunked loss makes at once; two such chunks exist at most
+CHUNK_ROWS = 2048  # rows of logits that the chunked loss makes at once
 CHUNK_KERNELS = 8  # launches of a chunk in bf16: three products, statistics, combining them, gradient, two sums
+PRODUCT_BYTES = 2**27  # of the product that is added to the head's gradient at once; each further one is two launches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

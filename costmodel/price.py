@@ -15,7 +15,7 @@ from planner.costmodel import compute, layer_comm
 from planner.costmodel.facts import KernelCalls, LayerFacts, LayoutBytes, Traffic
 from planner.costmodel.graph import Op, OpKind, TpCut
 from planner.costmodel.kernel_choice import RING_SCORE_BYTES, kernel_s
-from planner.costmodel.kernels import BACKWARD_TRAFFIC, CHUNK_KERNELS, CHUNK_ROWS, weight_sum_bytes
+from planner.costmodel.kernels import BACKWARD_TRAFFIC, CHUNK_KERNELS, CHUNK_ROWS, PRODUCT_BYTES, weight_sum_bytes
 from planner.costmodel.keys import Array, Keys, Machine
 
 HOST_NORM = 4.0
@@ -306,7 +306,8 @@ def _chunk_sums(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array,
     _, m, n, k = rank_gemm(facts.head, keys)
     chunks = np.ceil(m / CHUNK_ROWS)
     num_bytes = weight_sum_bytes(chunks, machine.dtype_bytes) * n * k
-    launches = CHUNK_KERNELS * chunks
+    products = np.ceil(machine.dtype_bytes * n * k / PRODUCT_BYTES) if machine.dtype_bytes < 4 else 1.0
+    launches = (CHUNK_KERNELS + 2 * (products - 1)) * chunks
     seconds = compute.memory_bound_s(machine.cluster.device, num_bytes, launches)
     chunked = keys.chunked_loss > 0
     return np.where(chunked, seconds, 0.0), np.where(chunked, launches, 0.0)
@@ -316,8 +317,9 @@ def _loss_memory(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[tuple
     """(`saved`, `loss_bytes`, `loss_work_bytes`) of LayerPrice.
 
     The chunked loss keeps the head's gradient instead of logits or log-probabilities (that of its input stands in the
-    input's place). Beside it there are at its peak two chunks of logits, the input, and the gradient once more: in
-    float32 while it is summed (with the last product in 16 bits, less what is kept in them), or scaled in backward.
+    input's place). Beside it there are at its peak a chunk of logits, with the vocabulary cut two, the input, and the
+    gradient once more: in float32 while it is summed (with a part of the last product in 16 bits, less what is kept in
+    them) and converted, or scaled in backward.
     """
     saved = _saved(facts, keys, machine)
     loss, work = (x * keys.tokens / _logits_div(keys, machine) for x in (facts.loss_bytes, facts.loss_work_bytes))
@@ -326,8 +328,9 @@ def _loss_memory(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[tuple
     _, m, n, k = rank_gemm(facts.head, keys)
     width, chunked = machine.dtype_bytes, keys.chunked_loss > 0
     kept = width * n * k
-    logits = 2 * width * np.minimum(m, CHUNK_ROWS) * n
-    beside = width * m * k + (4 * n * k + logits if width < 4 else np.maximum(width * n * k, logits))
+    logits = width * np.minimum(m, CHUNK_ROWS * np.where(keys.vocab_tp > 1, 2, 1)) * n
+    summed = np.maximum(4 * n * k, 4 * n * k - kept + np.minimum(kept, PRODUCT_BYTES) + logits)
+    beside = width * m * k + (summed if width < 4 else np.maximum(width * n * k, logits))
     none = np.where(chunked, saved[0] - _layout_bytes(facts.loss_saved, facts, keys, machine) + kept, saved[0])
     return (none, *saved[1:]), np.where(chunked, kept, loss), np.where(chunked, beside, work)
 

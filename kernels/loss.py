@@ -21,6 +21,7 @@ from planner.kernels.collective import finish, start_gather
 from planner.kernels.op import Work, define, lazily, like, nbytes, precise, streamed
 
 IGNORE_INDEX = -100
+PRODUCT_BYTES = 2**27  # of a product on its way into the weight's gradient: a whole one may outweigh chunks of logits
 
 
 def _stats(logits: torch.Tensor, target: torch.Tensor, vocab_start: int) -> torch.Tensor:
@@ -147,11 +148,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         pending = None
         for rows in zip(x.split(chunk_rows), target.split(chunk_rows), dx.split(chunk_rows), strict=True):
             logits = rows[0] @ weight.t()
-            gathered = _start(logits, rows[1], vocab_start, group)
+            chunk = (logits, _start(logits, rows[1], vocab_start, group), *rows)
+            del logits
+            if group is None:  # nothing is on its way under the next product
+                pending, chunk = chunk, None
             if pending is not None:
                 loss.append(_finish_chunk(*pending, group, weight, dw, vocab_start, ignore_index))
-            pending = (logits, gathered, *rows)
-            del logits
+            pending, chunk = chunk, None
         if pending is not None:
             loss.append(_finish_chunk(*pending, group, weight, dw, vocab_start, ignore_index))
         if dw is not None:
@@ -178,18 +181,25 @@ def _finish_chunk(
     if dw is not None:
         ce_grad_(logits, target, lse, kept, vocab_start)
         torch.mm(logits, weight, out=dx)
-        if dw.dtype == x.dtype:
-            torch.addmm(dw, logits.t(), x, out=dw)  # summed inside the product; 16 bits are summed in float32 behind it
-        else:
-            dw.add_(logits.t() @ x)
+        _add_product(dw, logits, x)
     return loss.sum()
+
+
+def _add_product(dw: torch.Tensor, grad: torch.Tensor, x: torch.Tensor) -> None:
+    """Dw += grad^T x: inside the product, or where x has 16 bits in float32 behind it, some rows of dw at a time."""
+    if dw.dtype == x.dtype:
+        torch.addmm(dw, grad.t(), x, out=dw)
+        return
+    rows = max(PRODUCT_BYTES // (x.element_size() * x.shape[1]), 1)
+    for part, columns in zip(dw.split(rows), grad.split(rows, dim=1), strict=True):
+        part.add_(columns.t() @ x)
 
 
 def linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *, chunk_rows: int = 2048, vocab_start: int = 0,
     group: dist.ProcessGroup | None = None, ignore_index: int = IGNORE_INDEX,
 ) -> torch.Tensor:  # fmt: skip
-    """Summed loss of x (rows, H) @ weight (V, H)^T, never holding more than two chunks of logits.
+    """Summed loss of x (rows, H) @ weight (V, H)^T, holding one chunk of logits, in a group of ranks two.
 
     x is the same on every rank of `group` and weight is its part of the vocabulary, as in `cross_entropy`. The
     gradient of x is this rank's part of a sum over the group: its all-reduce or reduce-scatter is the caller's.

@@ -8,6 +8,7 @@ kernel_cases.py. Nothing is timed.
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from planner.kernels import gla, loss
 from planner.kernels.counters import WorkCounter
 from planner.reports.kernel_cases import CASES, Call, Case
+from planner.reports.kernel_extras import LINEAR_SIZES, memory_row
 
 PATH = Path(__file__).with_name("kernels.md")
 RANKS = 8
@@ -118,6 +120,19 @@ def _spread_rows() -> list[str]:
     ]
 
 
+def _memory_line() -> str:
+    """Most memory of the chunked loss at its case's shapes, on fake tensors."""
+    with FakeTensorMode():
+        found = memory_row("cpu", *LINEAR_SIZES)
+    rows, width, vocab, chunk_rows = LINEAR_SIZES
+    return (
+        f"linear_cross_entropy of {rows:,} rows of {width:,} over a vocabulary of {vocab:,}, in chunks of "
+        f"{chunk_rows:,} rows, forward and backward, holds at most {found['extra_bytes'] / 2**20:,.0f} MiB beside its "
+        f"inputs and their gradients, {found['extra_chunks']:.1f} chunks of logits. The float32 sum of the weight's "
+        f"gradient is {found['weight_sum_chunks']:.1f} of them; of logits there is one at most, over ranks two."
+    )
+
+
 def text() -> str:
     """The report."""
     local = [_local_row(case) for case in CASES if case.plain_is_peer]
@@ -130,6 +145,7 @@ def text() -> str:
         "# Kernels, counted", "",
         *_ABOUT.splitlines(), "",
         "| kernel | ours, B | torch, B | ours, kernels | torch, kernels |", "|---|---|---|---|---|", *local, "",
+        *textwrap.wrap(_memory_line(), 120), "",
         f"Over {RANKS} ranks, one rank's share; bytes sent are those of the tensors that it hands to a collective.", "",
         "| kernel | B | kernels | collectives | bytes sent |", "|---|---|---|---|---|", *spread, "",
     ])  # fmt: skip

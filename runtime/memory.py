@@ -67,6 +67,21 @@ def peak_of(p: Parallel, step: Callable[[], T]) -> tuple[T, TensorBytes]:
     return result, TensorBytes(device_bytes=watch.device.most_bytes, host_bytes=watch.host.most_bytes)
 
 
+def most_bytes(device: torch.device, run: Callable[[], object], held: Iterable[torch.Tensor]) -> int:
+    """Most bytes of tensors that `run` has on the device beside `held`, which it may read."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    watch = _Watch()
+    watch.device.see(held)
+    before = watch.device.num_bytes
+    with watch:
+        run()
+    return watch.device.most_bytes - before
+
+
 @dataclass(slots=True)
 class _Side:
     """Storages in one memory, by address; weak references keep an address from being used again."""

@@ -160,7 +160,10 @@ def test_the_chunked_loss_keeps_the_heads_gradient_instead_of_the_logits() -> No
     rows, weights = 8 * LLAMA.seq_len, LLAMA.hidden * LLAMA.vocab
     assert plain.saved[0] - chunked.saved[0] == pytest.approx(2 * rows * LLAMA.vocab - 2 * weights)
     assert chunked.loss_bytes == 2 * weights
-    assert chunked.loss_work_bytes == 4 * weights + 2 * 2 * CHUNK_ROWS * LLAMA.vocab + 2 * rows * LLAMA.hidden
+    logits = 2 * CHUNK_ROWS * LLAMA.vocab  # one chunk; the product in 16 bits is what is kept of its sum later
+    assert chunked.loss_work_bytes == 4 * weights + logits + 2 * rows * LLAMA.hidden
+    split = price_layer(facts, keys(micro_batch_size=8, chunked_loss=1, tp=2, vocab_parallel=1), m)
+    assert split.loss_work_bytes == 4 * weights / 2 + 2 * logits / 2 + 2 * rows * LLAMA.hidden
     assert chunked.gemm_f == pytest.approx(plain.gemm_f + plain.gemm_b + plain.gemm_w)
     assert chunked.gemm_b == chunked.gemm_w == 0
     chunks = np.ceil(rows / CHUNK_ROWS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from planner.costmodel.kernel_choice import KERNELS, OPS, PACKAGES, RING_SCORE_BYTES, kernels_on
-from planner.costmodel.kernels import CHUNK_KERNELS, weight_sum_bytes
+from planner.costmodel.kernels import CHUNK_KERNELS, PRODUCT_BYTES, weight_sum_bytes
 from planner.kernels import (  # noqa: F401  declare ops
     dispatch,
     exchange,
@@ -130,6 +130,7 @@ def test_the_cost_model_has_the_sums_of_the_chunked_loss() -> None:
     further = (four.moved_bytes - one.moved_bytes) / 3 / (8192 * 32)
     assert further == pytest.approx(2 * 2 + sums[1] - sums[0], rel=0.02)
     assert four.kernels - one.kernels == 3 * CHUNK_KERNELS
+    assert loss.PRODUCT_BYTES == PRODUCT_BYTES
 
 
 def test_choices_of_another_machine_hold_for_fake_tensors() -> None:

@@ -130,11 +130,27 @@ class LiveLogits(TorchDispatchMode):
         return out
 
 
-def test_linear_form_holds_two_chunks_of_logits() -> None:
+def test_linear_form_holds_one_chunk_of_logits_and_two_where_one_is_on_its_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, w = torch.randn(40, 6, requires_grad=True), torch.randn(30, 6, requires_grad=True)
-    with LiveLogits((8, 30)) as live:
-        loss.linear_cross_entropy(x, w, torch.arange(40) % 30, chunk_rows=8).backward()
-    assert live.most == 2
+    for group, most in ((None, 1), ("ranks", 2)):
+        monkeypatch.setattr(loss, "start_gather", lambda stats, group: stats.unsqueeze(0))
+        monkeypatch.setattr(loss, "finish", lambda gathered, group: gathered)
+        with LiveLogits((8, 30)) as live:
+            loss.linear_cross_entropy(x, w, torch.arange(40) % 30, chunk_rows=8, group=group).backward()
+        assert live.most == most
+
+
+def test_the_products_of_the_weights_gradient_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit the same sum, from products of three rows of the weight, and of the rest."""
+    x, w = (torch.randn(rows, 6).bfloat16().requires_grad_() for rows in (40, 31))
+    target = torch.arange(40) % 31
+    grads = []
+    for most in (loss.PRODUCT_BYTES, 3 * 2 * 6):
+        monkeypatch.setattr(loss, "PRODUCT_BYTES", most)
+        grads.append(torch.autograd.grad(loss.linear_cross_entropy(x, w, target, chunk_rows=8), (x, w)))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
 
 
 def test_linear_form_compiles() -> None:
