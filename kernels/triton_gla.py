@@ -36,6 +36,22 @@ def _put(ptr, token, here, width: tl.constexpr, column, x):
 
 
 @triton.jit
+def _key(k_ptr, g_ptr, pair, t, time, heads, K: tl.constexpr, kd):
+    """The key and the gates of one token, float32, zero after the end."""
+    row = (((pair // heads) * time + t) * heads + pair % heads) * K + kd
+    k = tl.load(k_ptr + row, mask=t < time, other=0.0).to(tl.float32)
+    return k, tl.load(g_ptr + row, mask=t < time, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _part(V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Key dims and value dims of the part of a state that a program walks with, and where it lies in the state."""
+    kd = tl.program_id(0) // (V // BV) * BK + tl.arange(0, BK)
+    vd = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
+    return kd, vd, kd[:, None] * V + vd[None, :]
+
+
+@triton.jit
 def _rest(g):
     """Sum of the gates after each row."""
     return tl.cumsum(g, axis=0, reverse=True) - g
@@ -48,9 +64,7 @@ def states_kernel(
 ):  # fmt: skip
     """The state in front of every chunk, (BK, BV) of it a program."""
     pair = tl.program_id(1).to(tl.int64)
-    kd = tl.program_id(0) // (V // BV) * BK + tl.arange(0, BK)
-    vd = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
-    square = kd[:, None] * V + vd[None, :]
+    kd, vd, square = _part(V, BK, BV)
     state = tl.load(state_ptr + pair * K * V + square).to(tl.float32)
     chunks = tl.cdiv(time, C)
     for chunk in range(0, chunks):
@@ -70,9 +84,7 @@ def dstates_kernel(
 ):  # fmt: skip
     """Gradient of the state behind every chunk, last chunk first."""
     pair = tl.program_id(1).to(tl.int64)
-    kd = tl.program_id(0) // (V // BV) * BK + tl.arange(0, BK)
-    vd = tl.program_id(0) % (V // BV) * BV + tl.arange(0, BV)
-    square = kd[:, None] * V + vd[None, :]
+    kd, vd, square = _part(V, BK, BV)
     state = tl.load(dfinal_ptr + pair * K * V + square).to(tl.float32)
     chunks = tl.cdiv(time, C)
     for back in range(0, chunks):
@@ -109,10 +121,7 @@ def scores_kernel(
             decay = tl.zeros([C, BK], tl.float32)
             for back in range(0, C):
                 j = C - 1 - back
-                row = (((pair // heads) * time + chunk * C + j) * heads + pair % heads) * K + kd
-                there = chunk * C + j < time
-                k_j = tl.load(k_ptr + row, mask=there, other=0.0).to(tl.float32)
-                g_j = tl.load(g_ptr + row, mask=there, other=0.0).to(tl.float32)
+                k_j, g_j = _key(k_ptr, g_ptr, pair, chunk * C + j, time, heads, K, kd)
                 column = tl.sum(q * k_j[None, :] * tl.exp(decay), axis=1)
                 scores += tl.where((i == j)[None, :], column[:, None], 0.0)
                 decay += tl.where((i >= j)[:, None], g_j[None, :], 0.0)
@@ -217,10 +226,7 @@ def dqk_kernel(
         decay = tl.zeros([C, BK], tl.float32)
         for back in range(0, C):
             j = C - 1 - back
-            row = (((pair // heads) * time + chunk * C + j) * heads + pair % heads) * K + kd
-            there = chunk * C + j < time
-            k_j = tl.load(k_ptr + row, mask=there, other=0.0).to(tl.float32)
-            g_j = tl.load(g_ptr + row, mask=there, other=0.0).to(tl.float32)
+            k_j, g_j = _key(k_ptr, g_ptr, pair, chunk * C + j, time, heads, K, kd)
             weight = tl.load(dscores_ptr + token * C + j, mask=here, other=0.0).to(tl.float32) * tl.exp(decay)
             dq += weight * k_j[None, :]
             dk += tl.where((i == j)[:, None], tl.sum(weight * q, axis=0)[None, :], 0.0)
