@@ -7,11 +7,14 @@ per thread, bytes of stack (where spilled registers go), shared memory, 128-bit 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,7 +181,7 @@ def _inspect(cubin: bytes, arch: int) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        sass = _output(tools / "nvdisasm", "-c", file.name)
+        sass = _output(tools / "nvdisasm", "-c", "-ndf", file.name)  # without data flow
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
@@ -192,7 +195,14 @@ def _output(*command: object) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True).stdout
 
 
+def compile_named(job: tuple[str, int]) -> dict[str, int]:
+    """`compile_case` of a case by its name."""
+    return compile_case(CASES[job[0]], job[1])
+
+
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or list(CASES)
-    found = {name: {label: compile_case(CASES[name], a) for a, label in ARCHITECTURES.items()} for name in wanted}
-    print(json.dumps(found))
+    jobs = list(itertools.product(sys.argv[1:] or CASES, ARCHITECTURES))
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        built = dict(zip(jobs, pool.map(compile_named, jobs), strict=True))
+    names = dict.fromkeys(name for name, _ in jobs)
+    print(json.dumps({name: {label: built[name, a] for a, label in ARCHITECTURES.items()} for name in names}))
