@@ -97,7 +97,8 @@ def list_cases(request: Request) -> list[Case]:
         if request.platform == "cuda":  # a CPU has torch's forms alone, and its layers are measured
             found += kernel_cases(dtype, memory_bytes, [b for b in dispatch.BACKENDS if dispatch.installed(b)])
     if request.what in ("comm", "all"):
-        found += comm_cases(request.cluster, request.ranks, memory_bytes) + runtime_cases(request.ranks)
+        found += comm_cases(request.cluster, request.ranks, memory_bytes)
+        found += runtime_cases(request.ranks, request.platform)
     if request.what in ("model", "all"):
         found += [case for source, graph in request.graphs.items() for case in layer_cases(graph, source)]
     limit_s = max(_LONGEST_FRAC * request.budget_s, 0.05)

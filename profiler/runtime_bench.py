@@ -1,9 +1,9 @@
 """What the runtime costs the host beside a model's own kernels: a small model under one plan option at a time.
 
-"plain" is the model alone; "shard" has its layers under FSDP2, as data parallelism has them; "tp", "sp" (tp with
-sequence parallelism) and "cp" (Ulysses) run it on parts of tensors over all ranks, by the runtime's rules and with real
-collectives of next to no bytes. All of one micro-batch that reduces no gradients. "pp" is a pipeline over all ranks,
-1F1B with two micro-batches for every stage.
+"plain" is the model alone, on the kernels that the runtime uses here; "shard" has its layers under FSDP2, as data
+parallelism has them; "tp", "sp" (tp with sequence parallelism) and "cp" (Ulysses) run it on parts of tensors over all
+ranks, by the runtime's rules and with real collectives of next to no bytes. All of one micro-batch that reduces no
+gradients. "pp" is a pipeline over all ranks, 1F1B with two micro-batches for every stage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def plan_spec(variant: str, world: int) -> PlanSpec:
 @cache
 def _forward(variant: str, device: torch.device, world: int, graph: str) -> Callable[[], torch.Tensor]:
     """The loss of one micro-batch of the model under a variant."""
-    from planner.runtime.apply import parallelize
+    from planner.runtime.apply import parallelize, use_kernels
     from planner.runtime.parallel import next_token_loss
     from planner.runtime.zero import before_backward
 
@@ -52,7 +52,7 @@ def _forward(variant: str, device: torch.device, world: int, graph: str) -> Call
     model = reference.Reference()
     tokens = torch.zeros((1, reference.SEQ_LEN), dtype=torch.int64, device=device)
     if variant == "plain":
-        model.to(device)
+        use_kernels(model.to(device), device)
         return lambda: next_token_loss(model(tokens), tokens)
     parallel = parallelize(model, plan_spec(variant, world), decode_graph(graph.encode()), device=device)
 

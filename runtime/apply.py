@@ -89,10 +89,7 @@ def parallelize(
         dtype=precision, original=model.forward, packs=packs,
         full_shapes={n: tuple(p.shape) for n, p in cutting.named(model).items()},
     )  # fmt: skip
-    if norms.chosen(device):
-        parallel.norms = norms.install(model)
-    if gated.chosen(device):
-        parallel.gated_mlps = gated.install(model)
+    parallel.norms, parallel.gated_mlps = use_kernels(model, device)
     _experts(parallel)
     if compiled and parallel.moe:
         raise RuntimePlanError(f"this plan is not executable: {COMPILED_EXPERTS}")
@@ -103,6 +100,13 @@ def parallelize(
     _apply(parallel, precision, tape, compiled)
     _optimizer(parallel, adamw or AdamWConfig())
     return parallel
+
+
+def use_kernels(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """Let the chosen kernels stand for modules of `model`; how many RMSNorms and gated MLPs they stand for."""
+    return (
+        norms.install(model) if norms.chosen(device) else 0, gated.install(model) if gated.chosen(device) else 0
+    )  # fmt: skip
 
 
 def _experts(p: Parallel) -> None:

@@ -208,15 +208,16 @@ def test_a_run_measures_goes_on_and_stops(tmp_path: Path) -> None:
 @pytest.mark.alone
 def test_what_the_runtime_costs_the_host_is_measured() -> None:
     """A small model under every option, and the figures that turn its times into those of an op."""
-    cases = runtime_cases(2)
+    cases = runtime_cases(2, "cpu")
     found = measure_cases(request_of(2, 120.0), cases)
     assert not found.failed and not found.died and found.measured == len(cases) == 11
     graph = decode_graph(traced_reference().encode())
-    engine = machine_for(graph, load_cluster("cpu-gloo"), get_engine("planner"), 2).engine
-    assert {(len(graph.layer_classes), layer_facts(c, engine).launches) for c in graph.classes} == {
-        (cases[0].dims["layers"], cases[0].dims["ops"])
-    }
-    assert runtime_cases(1) == runtime_cases(3) == runtime_cases(12) == []
+    for platform, cluster in (("cpu", "cpu-gloo"), ("cuda", "h100")):  # as each runs the layer
+        engine = machine_for(graph, load_cluster(cluster), get_engine("planner"), 2).engine
+        dims = runtime_cases(2, platform)[0].dims
+        launches = {layer_facts(layer, engine).launches for layer in graph.classes}
+        assert (len(graph.layer_classes), launches) == (dims["layers"], {dims["ops"]})
+    assert not any(runtime_cases(world, "cpu") for world in (1, 3, 12))
 
 
 def test_what_a_device_cannot_run_is_left_out() -> None:
