@@ -32,6 +32,7 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "_thnn_fused")
 _OTHERS = {"_fft_r2c", "_fft_c2c", "_fft_c2r", "linalg_qr", "_linalg_svd", "linalg_inv_ex"}
 MATMULS = {"mm", "addmm", "bmm", "baddbmm"}
 GROUPED = "_grouped_mm"
+CHUNKED_LOSS = "_linear_cross_entropy_batch_chunked"
 _MISPRICED = (GROUPED, "_scaled_dot_product")  # 0 FLOPs, and not halved when causal or 0 on a CPU
 KERNELS = "planner_kernels"  # the namespace of planner.kernels
 # Ops of planner.kernels whose names do not say their kind already.
@@ -117,6 +118,12 @@ def grouped_dims(args: tuple[Any, ...]) -> Gemm:
         n=-(-n // groups) if flat == (False, True) else n,
         k=-(-k // groups) if flat == (True, True) else k,
     )
+
+
+def chunked_loss_dims(args: tuple[Any, ...]) -> Gemm:
+    """Dims of the logits of torch's chunked linear cross-entropy, whose gradients are two products more."""
+    (vocab, width), rows = args[1].shape, args[0].numel() // args[0].shape[-1]
+    return Gemm(batch=1, m=rows, n=vocab, k=width)
 
 
 def operands(name: str, args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:

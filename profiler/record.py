@@ -201,6 +201,10 @@ class Recorder(TorchDispatchMode):
                 first, second = (bool(self.storages[self.find(t)].weights) for t in (left, right))
                 op.kind = OpKind.GEMM if first or second else OpKind.BMM
                 op.gemm = aten.matmul_dims(left, right, first and not second)
+        elif name == aten.CHUNKED_LOSS:
+            op.kind, op.gemm = OpKind.BMM, aten.chunked_loss_dims(args)  # of activations: no rule cuts its weight
+            logits = 2 * op.gemm.m * op.gemm.n * op.gemm.k
+            op.flops, op.backward_flops = logits, op.flops - logits  # it makes gradients at once
         elif op.kind is OpKind.SCAN and any(self.storages[self.find(t)].learned for t in _tensors(args)):
             op.backward_flops = 2 * op.flops  # a custom op hides from here whether its inputs require gradients
         elif op.kind is OpKind.NORM and name.endswith("layer_norm"):

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +22,7 @@ from planner.profiler.assemble import assemble
 from planner.profiler.hf import load_config
 from planner.profiler.intercept import FlashAttention
 from planner.profiler.load import load_python
+from planner.profiler.record import Recorder
 from planner.profiler.run import Subject, run_forward
 from planner.profiler.trace import trace_model
 
@@ -310,3 +313,20 @@ def test_ops_that_torch_misprices_have_their_flops() -> None:
     assert gla.kind is OpKind.SCAN
     assert gla.flops == tokens * heads * (65 * 2 * dim + 4 * dim * dim)  # half a chunk of 64, state in and out
     assert gla.backward_flops == 2 * gla.flops
+
+
+def test_torchs_chunked_loss_is_a_product_and_not_its_bytes() -> None:
+    """Torch counts 0 FLOPs. It makes the gradients with the logits; a step has the three products in any case."""
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    rows, width, vocab = 64, 32, 1000
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16)
+    with torch.device("meta"):
+        head, x = nn.Linear(width, vocab, bias=False), torch.randn(rows, width, requires_grad=True)
+        target = torch.zeros(rows, dtype=torch.int64)
+        with Recorder(head) as recorder:
+            F.linear_cross_entropy(x, head.weight, target, options=options)
+    (op,) = (op for op in recorder.segment.ops if "cross_entropy" in op.name)
+    logits = 2 * rows * width * vocab
+    assert (op.flops_counted, op.flops, op.backward_flops) == (0, logits, 2 * logits)
+    assert (op.kind, op.gemm) == (OpKind.BMM, Gemm(batch=1, m=rows, n=vocab, k=width))
