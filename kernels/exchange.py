@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 
 from planner.kernels.op import Sharding, Work, define, lazily, nbytes, precise, streamed
 
@@ -134,6 +134,7 @@ moe_unpermute_backward = define(
     work=lambda dx, y, order, weights, out: Work(
         flops=3 * y.numel(), read_bytes=2 * nbytes(y) + nbytes(order, weights), written_bytes=nbytes(*out), kernels=1
     ),
+    sharding=_width([Shard(1), Partial("sum")], [Shard(1), Shard(1), _R, _R]),
     kernels={"ours": lazily("triton_exchange", "moe_unpermute_backward")},
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 
 from planner.kernels import exchange, gla, loss, lstm, norm, pointwise, ring, slstm
 from planner.kernels.counters import WorkCounter
+from planner.kernels.op import OPS
 
 RANKS = 2
 
@@ -71,16 +72,22 @@ def linear_attention(rank: int, group: Any) -> None:
         torch.testing.assert_close(a.grad, b.grad[:, mine], atol=1e-5, rtol=1e-4)
 
 
+REPLICATED_ONLY = {"quantize_blocks", "dequantize_sum"}  # a flat tensor in blocks: no dim to split along
+tested: set[str] = set()
+
+
 def sharded(mesh: Any, op: Any, args: list[Any], placements: list[Any], expected: list[Any]) -> None:
-    """`op` on DTensors: outputs placed as expected without a collective, and equal to the op on whole tensors."""
-    want = op(*args)
+    """`op` on DTensors: what it puts out or writes to is placed as expected without a collective, and is as of wholes."""
+    tested.add(op._name)
     spread = [
         distribute_tensor(a, mesh, [p]) if isinstance(a, torch.Tensor) else a
         for a, p in zip(args, placements, strict=True)
     ]
+    want = op(*args)
     with WorkCounter() as counted:
         got = op(*spread)
     assert counted.collectives == 0, op
+    got, want = (spread[0], args[0]) if want is None else (got, want)
     got, want = ((x,) if isinstance(x, torch.Tensor) else x for x in (got, want))
     for g, w, e in zip(got, want, expected, strict=True):
         assert g.placements == (e,), (op, g.placements, e)
@@ -108,15 +115,24 @@ def dtensors(mesh: Any) -> None:
     logits, target, lse, ones = torch.randn(6, 9), torch.randint(0, 9, (6,)), torch.randn(6), torch.ones(6)
     sharded(mesh, loss.ce_stats, [logits, target, 0], [s(0), s(0), none], [s(0)])
     sharded(mesh, loss.ce_grad, [logits, target, lse, ones, 0], [s(0)] * 4 + [none], [s(0)])
+    sharded(mesh, loss.ce_grad_, [logits.clone(), target, lse, ones, 0], [s(0)] * 4 + [none], [s(0)])
+    stats = torch.stack([logits.amax(1), torch.rand(6) + 1, logits[:, 0]], 1)
+    sharded(mesh, loss.ce_combine, [stats[None], target, -100], [s(1), s(0), none], [s(0)] * 3)
     attention(mesh, heads)
     packed = torch.randn(2, 2, 3, 2, 8)
     sharded(mesh, exchange.pack_heads, [heads, 2], [s(0), none], [s(1)])
     sharded(mesh, exchange.unpack_sequence, [packed], [s(4)], [s(3)])
+    sharded(mesh, exchange.pack_sequence, [heads, 2], [s(3), none], [s(4)])
+    sharded(mesh, exchange.unpack_heads, [packed], [s(1)], [s(0)])
     chosen = torch.tensor([[0, 1], [2, 0], [1, 2]])
     tokens = torch.randn(3, 8)
     sharded(mesh, exchange.moe_permute_op, [tokens, chosen, 3], [s(1), r, none], [s(1), r, r])
     y, order, _ = exchange.moe_permute(tokens, chosen, 3)
-    sharded(mesh, exchange.moe_unpermute, [y, order, torch.rand(3, 2)], [s(1), r, r], [s(1)])
+    weights = torch.rand(3, 2)
+    sharded(mesh, exchange.moe_unpermute, [y, order, weights], [s(1), r, r], [s(1)])
+    ins = [s(1), s(1), r, r]
+    sharded(mesh, exchange.moe_unpermute_backward, [tokens, y, order, weights], ins, [s(1), Partial("sum")])
+    assert tested == OPS.keys() - REPLICATED_ONLY, OPS.keys() ^ tested
 
 
 def attention(mesh: Any, x: torch.Tensor) -> None:
@@ -127,6 +143,7 @@ def attention(mesh: Any, x: torch.Tensor) -> None:
     sharded(mesh, ring.ring_step, [q, q, q, q, lse, *rest], [s(1)] * 5 + rest_places, [s(1)] * 2)
     sharded(mesh, ring.ring_step_backward, [q, lse, q, q, q, lse, *rest], [s(0)] * 6 + rest_places, [s(0)] * 3)
     sharded(mesh, ring.merge_partials, [q, lse, q * 2, lse + 1], [s(1)] * 4, [s(1)] * 2)
+    sharded(mesh, ring.merge_partials_backward, [q, lse] * 4, [s(1)] * 8, [s(1)] * 4)
     h0, x4, recurrent = torch.randn(2, 4, 8), torch.randn(2, 6, 4, 4, 8), torch.randn(4, 4, 8, 8)
     sharded(mesh, lstm.lstm_op, [x4, recurrent, h0, h0], [s(2), s(0), s(1), s(1)], [s(2)] * 3)
     ins = [s(0)] * 5 + [r]
