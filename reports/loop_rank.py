@@ -29,7 +29,7 @@ from planner.runtime.model_source import load_source
 from planner.runtime.parallel import Parallel
 
 WARM_UP = 2
-_STEPS_S, _MOST_STEPS, _LONGEST_S = 2.0, 10, 15.0  # short steps are repeated more often
+_STEPS_S, _MOST_STEPS, _LONGEST_S = 2.0, 10, 6.0  # short steps are repeated more often
 _TIMEOUT_S = 120.0
 
 
