@@ -51,10 +51,11 @@ def ring_row(device: str, length: int, heads: int, dim: int, seconds: Seconds) -
     where = (at + length, at, torch.zeros_like(at), torch.zeros_like(at), dim**-0.5, True, length * length)
     out, lse = ring.ring_step(q, k, v, *ring.start(q), *where)
     block = F.scaled_dot_product_attention(q, k, v)
+    wide = block.float()
     with torch.no_grad():
         step_s = seconds(lambda: ring.ring_step(q, k, v, out, lse, *where))
         bare_s = seconds(lambda: F.scaled_dot_product_attention(q, k, v))
-        merge_s = seconds(lambda: ring.merge_partials(out, lse, block.float(), lse))
+        merge_s = seconds(lambda: ring.merge_partials(out, lse, wide, lse))
         merger = torch_merger(block, lse)
         torch_merge_s = seconds(lambda: merger.step(block, lse, partial=False))
     added_s = max(step_s - bare_s, 1e-9)

@@ -36,6 +36,8 @@ def test_pack_ops_pass_every_check(batch: int) -> None:
         assert torch.autograd.gradcheck(
             op, tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args), fast_mode=True
         )
+    check_compiles(lambda x: exchange.unpack_sequence(exchange.pack_heads(x, 2)), x.detach())
+    check_compiles(lambda x: exchange.unpack_heads(exchange.pack_sequence(x, 2)), x.detach())
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -151,5 +153,13 @@ def test_quantise_ops_pass_every_check_and_send_4_5_bits_a_value() -> None:
     packed, scale = quantize.quantize_blocks(x, 4, 64)
     check_op(quantize.dequantize_sum, (packed[None], scale[None], 1000, 4, 64, torch.bfloat16))
     assert 8 * (packed.numel() + 4 * scale.numel()) == 4.5 * x.numel()
+
+    def there_and_back(x: torch.Tensor) -> torch.Tensor:
+        packed, scale = quantize.quantize_blocks(x, 4, 64)
+        return quantize.dequantize_sum(packed[None], scale[None], 1024, 4, 64, torch.float32)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), there_and_back(x))
     with pytest.raises(ValueError, match="bits=3, block=64"):
         quantize.quantize_blocks(x, 3, 64)

@@ -140,6 +140,7 @@ def test_ops_pass_every_check() -> None:
     check_op(ring.ring_step_backward, (plain[3], plain[4], *plain[:3], plain[4], *vectors, 0.5, True, pairs))
     check_op(ring.merge_partials, (out, lse, out.detach(), lse.detach()))
     check_op(ring.merge_partials_backward, (plain[3], plain[4], *plain[3:5] * 2, *plain[3:5]))
+    check_compiles(lambda out, lse: ring.merge_partials(out, lse, out * 2, lse + 1), *plain[3:5])
     check_compiles(lambda q, k, v: ring.ring_step(q, k, v, *plain[3:5], *vectors, 0.5, True, pairs), *plain[:3])
 
 

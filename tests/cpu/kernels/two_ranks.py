@@ -77,7 +77,7 @@ tested: set[str] = set()
 
 
 def sharded(mesh: Any, op: Any, args: list[Any], placements: list[Any], expected: list[Any]) -> None:
-    """`op` on DTensors: what it puts out or writes is placed as expected without a collective, and is as of wholes."""
+    """`op` on DTensors: what it puts out or writes to is placed as expected without a collective, and as of wholes."""
     tested.add(op._name)
     spread = [
         distribute_tensor(a, mesh, [p]) if isinstance(a, torch.Tensor) else a
