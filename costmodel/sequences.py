@@ -12,7 +12,6 @@ Legend: U group shapes, S strategies, G lengths of the grid, P pipeline ranks, C
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,11 +23,9 @@ from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Array, Keys, Machine
 from planner.costmodel.rates import Rates, build_rates
+from planner.costmodel.sequence_attention import AttentionPrices
 from planner.costmodel.state import StateLayout, step_sync
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy
-
-_SHORTEST = 16  # tokens; shorter sequences cost per token what this one does
-_STEPS_PER_OCTAVE = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,53 +103,23 @@ class _Stages:
 
 def without_attention(facts: ModelFacts) -> ModelFacts:
     """The part of a model that is linear in tokens."""
-    return _each(facts, lambda layer: replace(layer, attentions=()))
 
+    def lean(layer: LayerFacts) -> LayerFacts:
+        return replace(layer, attentions=())
 
-def attention_at(facts: ModelFacts, seq_len: int) -> ModelFacts:
-    """Attention alone, for one sequence of `seq_len` tokens."""
-
-    def only(layer: LayerFacts) -> LayerFacts:
-        ops = tuple(
-            replace(
-                op,
-                attention=replace(a, batch=1, q_len=seq_len, kv_len=seq_len),
-                flops=int(op.flops / a.batch * (seq_len / a.q_len) * (seq_len / a.kv_len)),
-                backward_flops=int(op.backward_flops / a.batch * (seq_len / a.q_len) * (seq_len / a.kv_len)),
-            )
-            for op in layer.attentions
-            if (a := op.attention) is not None
-        )
-        return replace(
-            layer, matmuls=(), attentions=ops, traffic=(), selective_traffic=(), kernels=(),
-            selective_kernels=(), gathered_bytes=(), row_bytes=(),
-            vocab_row_bytes=0.0, vocab_gathered_bytes=0.0, permute_bytes=(), dropped_bytes=0.0, launches=0,
-            last_gemm=None, last_sum_bytes=0.0,
-        )  # fmt: skip
-
-    return _each(facts, only)
-
-
-def _each(facts: ModelFacts, change: Callable[[LayerFacts], LayerFacts]) -> ModelFacts:
     return ModelFacts(
-        prologue=change(facts.prologue), classes=tuple(map(change, facts.classes)), epilogue=change(facts.epilogue)
+        prologue=lean(facts.prologue), classes=tuple(map(lean, facts.classes)), epilogue=lean(facts.epilogue)
     )
-
-
-def length_grid(longest: int) -> Array:
-    """Lengths at which attention is priced: one an octave up to `longest`."""
-    last = max(longest, 2 * _SHORTEST)
-    count = 1 + int(np.ceil(_STEPS_PER_OCTAVE * np.log2(last / _SHORTEST)))
-    return np.unique(np.rint(np.geomspace(_SHORTEST, last, count)))
 
 
 def menu(
     graph: ModelGraph, facts: ModelFacts, machine: Machine, shape: DataShape, degrees: tuple[tuple[int, int], ...],
-    longest: int, tokens_per_step: float, usable_bytes: float,
+    longest: int, tokens_per_step: float, usable_bytes: float, prices: AttentionPrices | None = None,
 ) -> Menu:  # fmt: skip
     """Every (ulysses, ring) of `degrees` under every strategy, with room for at least one token a rank.
 
     `longest`: tokens of the longest sequence; `tokens_per_step`: of a global batch, which says how full ranks are.
+    `prices`: shared by the layouts of a run.
     ValueError: attention that is not fused (its scores do not grow linearly), or layers that pp does not divide.
     """
     if machine.engine.attention == "unfused":
@@ -166,8 +133,9 @@ def menu(
     full = min(expected, max(float(room.max(initial=0.0)), 64.0))
     stages, rates = _linear(graph, lean, machine, shape, degrees, full)
     busy = int(np.argmax(stages.forward_PK[:, -1] + stages.backward_PK[:, -1]))
-    grid = length_grid(longest)
-    attention = _Attention(graph, facts, machine, shape, degrees, grid, busy)
+    prices = prices or AttentionPrices(facts, machine, longest)
+    grid = prices.grid
+    attention = _Attention(prices, shape, degrees, _counts(graph, shape.pp)[busy])
     groups = []
     for s, strategy in enumerate(STRATEGIES):
         linear_s = stages.forward_PK[busy] + stages.backward_PK[busy] + stages.extra_PSK[busy, s]
@@ -178,7 +146,7 @@ def menu(
             slope = max((high - low) / (0.75 * full), 0.0)
             own_s, base_s = attention.seconds(s, u)
             if strategy.offload_activations:
-                own_s = own_s - _relief_s(graph, rates, s, u, attention, busy, full, machine)
+                own_s = own_s - _relief_s(rates, s, u, attention, full, machine)
             groups.append(
                 GroupCost(
                     ulysses=ulysses, ring=ring, strategy=strategy, fixed_s=max(high - slope * full, 0.0) + base_s,
@@ -213,30 +181,18 @@ def _dominates(better: GroupCost, group: GroupCost, factor: float) -> bool:
 
 
 def core(found: Menu, typical: float) -> Menu:
-    """A small menu: of each number of ranks up to three shapes, and three strategies.
+    """A small menu: of each number of ranks under each strategy up to three shapes.
 
-    Shapes: the fastest for a `typical` sequence and for one that fills a quarter and all of the group. Strategies:
-    the two that cost a token of a `typical` sequence least in a full micro-batch, and the one with the most room.
+    The fastest for a `typical` sequence and for one that fills a quarter and all of the group.
     """
-    if not found.groups:
-        return found
-    one = [group for group in found.groups if group.ranks == min(g.ranks for g in found.groups)]
-
-    def full_s(group: GroupCost) -> float:
-        return float(group.sequence_s(np.array([typical]))[0]) / typical + group.fixed_s / group.capacity_tokens
-
-    ranked = list(dict.fromkeys(group.strategy for group in sorted(one, key=full_s)))
-    roomy = max(one, key=lambda group: group.capacity_tokens).strategy
-    strategies = dict.fromkeys([*ranked[:2], roomy])
     kept: dict[tuple[int, int, LayerStrategy], GroupCost] = {}
-    for strategy in strategies:
-        for ranks in sorted({group.ranks for group in found.groups}):
-            same = [g for g in found.groups if g.ranks == ranks and g.strategy == strategy]
-            room = min(same[0].capacity_tokens, float(same[0].grid_G[-1])) if same else 0.0
-            for tokens in (typical, 0.25 * room, room) if same else ():
-                length = np.array([tokens])
-                best = min(same, key=lambda group: float(group.sequence_s(length)[0]) + group.fixed_s)  # noqa: B023
-                kept[best.ulysses, best.ring, strategy] = best
+    for strategy, ranks in dict.fromkeys((group.strategy, group.ranks) for group in found.groups):
+        same = [g for g in found.groups if g.ranks == ranks and g.strategy == strategy]
+        room = min(same[0].capacity_tokens, float(same[0].grid_G[-1]))
+        for tokens in (typical, 0.25 * room, room):
+            length = np.array([tokens])
+            best = min(same, key=lambda group: float(group.sequence_s(length)[0]) + group.fixed_s)  # noqa: B023
+            kept[best.ulysses, best.ring, strategy] = best
     return replace(found, groups=tuple(kept.values()))
 
 
@@ -321,24 +277,20 @@ def _rooms(
 
 
 class _Attention:
-    """Attention and its communication of one sequence on the busiest stage, by length and group shape."""
+    """Attention and its communication of one sequence on the busiest stage, by length and group shape.
+
+    `held`: layers of each class on that stage.
+    """
 
     def __init__(
-        self, graph: ModelGraph, facts: ModelFacts, machine: Machine, shape: DataShape,
-        degrees: tuple[tuple[int, int], ...], grid: Array, stage: int,
+        self, prices: AttentionPrices, shape: DataShape, degrees: tuple[tuple[int, int], ...], held: Array
     ) -> None:  # fmt: skip
-        held = _counts(graph, shape.pp)[stage]
-        keys = _keys(shape, degrees, np.ones(len(degrees)))
-        again = np.array([float(f.selective_attention) for f in facts.classes])
-        rows = [price_model(attention_at(facts, int(n)), keys, machine).classes for n in (1, *grid)]
-        self.grid, self.num_stages, self.cp = grid, shape.pp, np.array([float(u * r) for u, r in degrees])
-        comm_f, comm_b = (
-            self._calls(np.array([held @ [getattr(p, name) for p in row] for row in rows]), degrees)
-            for name in ("cp_f", "cp_b")
-        )  # (1 + G, U)
-        self.forward = comm_f + np.array([held @ [p.attention_f for p in row] for row in rows])
-        self.backward = comm_b + np.array([held @ [p.attention_b for p in row] for row in rows])
-        self.core = np.array([(held * again) @ [p.attention_f for p in row] for row in rows])
+        self.grid, self.held, self.cp = prices.grid, held, np.array([float(u * r) for u, r in degrees])
+        attention_f, attention_b, cp_f, cp_b = prices.of(_keys(shape, degrees, np.ones(len(degrees))))
+        comm_f, comm_b = (self._calls(np.einsum("c,gcu->gu", held, comm), degrees) for comm in (cp_f, cp_b))
+        self.forward = comm_f + np.einsum("c,gcu->gu", held, attention_f)
+        self.backward = comm_b + np.einsum("c,gcu->gu", held, attention_b)
+        self.core = np.einsum("c,gcu->gu", held * prices.redone, attention_f)
 
     def _calls(self, comm: Array, degrees: tuple[tuple[int, int], ...]) -> Array:
         """Ulysses sends a whole pack in one call: its start is paid once, so only the slope goes with the tokens."""
@@ -358,13 +310,13 @@ class _Attention:
 
 
 def _relief_s(
-    graph: ModelGraph, rates: Rates, s: int, u: int, attention: _Attention, busy: int, full: float, machine: Machine
+    rates: Rates, s: int, u: int, attention: _Attention, full: float, machine: Machine
 ) -> Array:  # fmt: skip
     """What attention hides of a sequence's activation swap beyond what the linear part hides, by length.
 
     MEMO, section 4: a swap is free while it takes no longer than the layer's compute, which grows with s^2.
     """
-    held = _counts(graph, attention.num_stages)[busy]
+    held = attention.held
     ranks, at = float(attention.cp[u]), len(attention.cp) + u
     copy = float(held @ compute.host_copy_s(machine.cluster.device, rates.host_bytes_CSK[:, s, at])) / full
     redo = rates.extra_s_CSK[:, STRATEGIES.index(replace(STRATEGIES[s], offload_activations=False)), at]

@@ -1,7 +1,7 @@
 """Ahead: the dispatcher in a process of its own, some batches before the step that needs them.
 
-A step never waits for it: when an answer is late or the process is dead, the caller's own heuristic answers (the first
-placement that best fit finds, placing.py), and `say` is told so once. The process is `python -m planner.ahead FD`: it
+A step never waits for it: when an answer is late or the process is dead, the caller's own heuristic answers (the best
+that it finds in a twentieth of a second), and `say` is told so once. The process is `python -m planner.ahead FD`: it
 imports no torch, forks nothing of the caller's, and ends when the caller does. Messages are JSON: first the menu, then
 (step, lengths), answered by (step, dispatch).
 """
@@ -23,10 +23,12 @@ from planner.batch import IntArray
 from planner.dispatch import Dispatch, dispatch
 from planner.menus import Dispatching
 
+_FALLBACK_S = 0.05
+
 
 def heuristic(found: Dispatching, lengths: IntArray) -> Dispatch:
-    """The first dispatch that best fit finds. ValueError, DoesNotFit: see dispatch.checked."""
-    return dispatch(found.menu, lengths, time_limit_s=0.0)
+    """A dispatch cut short, no slower than the static plan's. ValueError, DoesNotFit: see dispatch.checked."""
+    return dispatch(found.menu, lengths, time_limit_s=_FALLBACK_S, static_kind=found.static_kind)
 
 
 def _plain(array: Any) -> Any:

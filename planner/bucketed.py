@@ -1,36 +1,37 @@
 """search_lengths(...): one model-state layout for a run over a length distribution, and what each bucket does in it.
 
-For every state layout the dispatcher is run on the same sampled global batches; the expected step is their mean.
-Layouts are taken in the order of a lower bound (the mean of the batches' quick bounds, batch_bounds.bound_s), which
-relaxations raise before a layout is dispatched (branching.tight_bound_s), and the search ends when the next bound
-meets the incumbent: so the certificate covers every layout, every kind of group and every dispatch, for these batches.
-Declared space: tp x pp x ZeRO stage (1F1B, as many layers on every stage; sequence and
-vocabulary parallel with tp wherever they divide; states sharded over all data ranks), degrees that are powers of
-two, the same strategy for all layers of a group. Shapes: B batches, K kinds.
+For every state layout (layouts.py) the dispatcher is run on the same sampled global batches; the expected step is their
+mean. The layout with the least lower bound is next: its bound is raised (the quick bounds of its batches,
+batch_bounds.bound_s, then relaxations, branching.tight_bound_s), and it is dispatched when nothing is left to raise it
+by. The search ends when the least bound meets the incumbent: so the certificate covers every
+layout, every kind of group and every dispatch, for these batches; of layouts that there was no time to price only the
+model FLOPs are known. No batch is dispatched slower than by the best single kind of its layout (packing.py).
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planner.batch import IntArray, fewest_steps, table_of
+from planner.batch import IntArray, table_of
 from planner.batch_bounds import bound_s
 from planner.branching import tight_bound_s
 from planner.buckets import Edges, best_edges, bucket_of
-from planner.costmodel.estimate import model_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Machine
-from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, menu, without_dominated
-from planner.dispatch import Dispatch, dispatch, static_dispatch
+from planner.costmodel.sequences import DataShape, GroupCost, Menu
+from planner.dispatch import Dispatch, dispatch
+from planner.layouts import SPARE_FRAC, Layout, ideal_s, priced
 from planner.lengths import Lengths
-from planner.space import Limits, enumerate_cells, strategy_uses
+from planner.pool import best_single
+from planner.space import Limits
 
-_SPARE_FRAC = 0.01  # kinds within this of a better one are left out; bounds give up as much
-_STATICS = 3  # kinds tried for the static plan of a layout, by a bound
+_PRICING_FRAC = 0.5  # of the time limit, at most, before something is dispatched
+_DISPATCH_FRAC = 0.5  # of the time that is left, for one layout; the rest is for bounds and other layouts
 _STEP_LIMIT_S = 0.5  # of the dispatcher, per batch
 _PROGRAMS, _ABOVE = 8, 1.1  # relaxations a batch, and how far above the incumbent's share a bound may say something
 
@@ -46,20 +47,6 @@ class LengthOptions:
     most_buckets: int = 16
     memory_margin_frac: float = 0.08
     time_limit_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Layout:
-    """A state layout, the kinds that are dispatched to, all kinds, and the bound on its expected step over them.
-
-    `quick_bounds_s`: of every batch, without what is paid once per step.
-    """
-
-    shape: DataShape
-    menu: Menu
-    kinds: Menu
-    quick_bounds_s: tuple[float, ...]
-    lower_bound_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,53 +99,43 @@ class LengthResult:
         return max(0.0, 1 - self.lower_bound_s / self.step_s)
 
 
-class NothingHolds(ValueError):
-    """No layout holds the longest sequence; `longest_tokens` is what the best does, 0 if states alone do not fit."""
-
-    def __init__(self, longest_tokens: int) -> None:
-        super().__init__(f"longest sequence that fits any layout: {longest_tokens:,} tokens")
-        self.longest_tokens = longest_tokens
-
-
 def search_lengths(
     graph: ModelGraph, machine: Machine, lengths: Lengths, tokens_per_step: int, limits: Limits,
     options: LengthOptions, clock: Callable[[], float] = time.perf_counter,
 ) -> LengthResult:  # fmt: skip
-    """The layout with the least expected step. NothingHolds if the longest length fits none of them."""
+    """The layout with the least expected step. layouts.NothingHolds if the longest length fits none of them."""
     start_s = clock()
-    end_s = start_s + options.time_limit_s
     batches = lengths.batches(options.batches, tokens_per_step, options.seed)
-    layouts = _layouts(graph, machine, lengths, batches, limits, options)
-    bounds = {layout: layout.lower_bound_s for layout in layouts}
-    best: _Best | None = None
-    static: StaticPlan | None = None
-    reason, solved = "exhausted", 0
-    for layout in layouts:
-        if best is not None and clock() >= end_s:
-            reason = "time_limit"
-            break
-        if best is not None and layout.lower_bound_s >= best.step_s * (1 - options.gap_frac):
-            reason = "gap"
-            break
-        if best is not None:
-            bounds[layout] = _tightened(layout, batches, best.step_s, end_s, clock)
-            if bounds[layout] >= best.step_s * (1 - options.gap_frac):
-                continue
-        solved += 1
-        found = _dispatched(layout, batches, options.gap_frac / 2, end_s, clock)
-        mean_s = float(np.mean([d.step_s for d in found]))
-        if best is None or mean_s < best.step_s:
-            best = _Best(layout=layout, dispatches=found, step_s=mean_s)
-        static = _static(layout, batches, lengths.longest_tokens, static, lambda: clock() >= end_s)
+    late = _Late(end_s=start_s + _PRICING_FRAC * options.time_limit_s, clock=clock)
+    layouts, unpriced = priced(graph, machine, lengths, batches, limits, options.memory_margin_frac, late)
+    late = replace(late, end_s=start_s + options.time_limit_s)
+    run = _Run(batches=batches, longest=lengths.longest_tokens, options=options, late=late)
+    reason = run.over(layouts)
+    best = run.best
     assert best is not None
-    bounds[best.layout] = max(bounds[best.layout], _tightened(best.layout, batches, best.step_s, end_s, clock))
     edges = _edges(best.layout.menu, lengths, options)
+    unpriced_s = ideal_s(graph, machine, batches) if unpriced else np.inf
     return LengthResult(
         layout=best.layout, batches=batches, dispatches=best.dispatches,
-        lower_bound_s=min(best.step_s, *bounds.values()), edges=edges,
-        buckets=_buckets(best, batches, edges), static=static, num_layouts=len(layouts), num_solved=solved,
-        stop_reason=reason, search_s=clock() - start_s,
+        lower_bound_s=min(best.step_s, run.bound_s, unpriced_s), edges=edges,
+        buckets=_buckets(best, batches, edges), static=run.static, num_layouts=len(layouts) + unpriced,
+        num_solved=run.num_solved, stop_reason="time_limit" if unpriced else reason, search_s=clock() - start_s,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Late:
+    """Whether the time is over."""
+
+    end_s: float
+    clock: Callable[[], float]
+
+    def __call__(self) -> bool:
+        return self.clock() >= self.end_s
+
+    def part_s(self, parts: float) -> float:
+        """Seconds that are left, divided."""
+        return max(self.end_s - self.clock(), 0.0) / parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,143 +145,120 @@ class _Best:
     step_s: float
 
 
-def _dispatched(
-    layout: Layout, batches: tuple[IntArray, ...], gap_frac: float, end_s: float, clock: Callable[[], float]
-) -> tuple[Dispatch, ...]:
-    """Every batch dispatched, each in an equal part of the time that is left, and no more than a batch needs."""
-    found = []
-    for number, batch in enumerate(batches):
-        limit_s = min(_STEP_LIMIT_S, max(end_s - clock(), 0.0) / (len(batches) - number))
-        found.append(dispatch(layout.menu, batch, gap_frac=gap_frac, time_limit_s=limit_s, clock=clock))
-    return tuple(found)
+@dataclass(slots=True, kw_only=True, order=True)
+class _Node:
+    """A layout and the best bound on it so far; `level`: how many means have been used to raise it.
 
-
-def _tightened(
-    layout: Layout, batches: tuple[IntArray, ...], best_s: float, end_s: float, clock: Callable[[], float]
-) -> float:
-    """The layout's bound after a few relaxations of each batch over all its kinds, as far as time goes."""
-    kinds = layout.kinds
-    bounds = []
-    for batch, quick_s in zip(batches, layout.quick_bounds_s, strict=True):
-        programs = _PROGRAMS if clock() < end_s else 0
-        upper_s = quick_s * max(best_s / layout.lower_bound_s, 1.0) * _ABOVE
-        bounds.append(max(quick_s, tight_bound_s(kinds, table_of(kinds, batch), upper_s, programs)))
-    return float(np.mean(bounds)) / (1 + _SPARE_FRAC) + kinds.step_s
-
-
-# ---- layouts
-
-
-def _layouts(
-    graph: ModelGraph, machine: Machine, lengths: Lengths, batches: tuple[IntArray, ...], limits: Limits,
-    options: LengthOptions,
-) -> list[Layout]:  # fmt: skip
-    """Every layout that holds the longest length, least bound first."""
-    facts = model_facts(graph, machine.engine)
-    usable = machine.cluster.device.memory_bytes.value * (1 - options.memory_margin_frac)
-    tokens = float(np.mean([batch.sum() for batch in batches]))
-    longest = max(lengths.longest_tokens, max(int(batch.max()) for batch in batches))
-    found, held = [], 0.0
-    for shape, degrees in shapes_of(graph, machine.num_gpus, limits):
-        full = menu(graph, facts, machine, shape, degrees, longest, tokens, usable)
-        kinds = without_dominated(_allowed(full, limits), _SPARE_FRAC)
-        room = max((g.capacity_tokens for g in kinds.groups), default=0.0)
-        held = max(held, room)
-        if room < longest:
-            continue
-        quick = tuple(bound_s(kinds, table_of(kinds, batch)) for batch in batches)
-        bound = float(np.mean(quick)) / (1 + _SPARE_FRAC)
-        small = core(kinds, lengths.mean_tokens)
-        if max(g.capacity_tokens for g in small.groups) < longest:
-            small = kinds
-        found.append(
-            Layout(
-                shape=shape, menu=small, kinds=kinds, quick_bounds_s=quick, lower_bound_s=bound + kinds.step_s
-            )
-        )  # fmt: skip
-    if not found:
-        raise NothingHolds(int(held))
-    return sorted(found, key=lambda layout: layout.lower_bound_s)
-
-
-def _allowed(found: Menu, limits: Limits) -> Menu:
-    def fits(group: GroupCost) -> bool:
-        strategy = group.strategy
-        return (
-            limits.allows("recompute", strategy.recompute)
-            and limits.allows("offload_activations", int(strategy.offload_activations))
-            and not strategy_uses(strategy) & limits.forbidden
-            and not any(names <= strategy_uses(strategy) for names in limits.combinations)
-        )
-
-    groups = tuple(group for group in found.groups if fits(group))
-    return Menu(groups=groups, num_ranks=found.num_ranks, lockstep=found.lockstep, pp=found.pp, step_s=found.step_s)
-
-
-def shapes_of(
-    graph: ModelGraph, num_gpus: int, limits: Limits
-) -> list[tuple[DataShape, tuple[tuple[int, int], ...]]]:  # fmt: skip
-    """(state layout, (ulysses, ring) of its groups) of the declared space under `limits`."""
-    own: dict[str, int | str] = {"micro_batch_size": 1, "vpp": 1, "schedule": "1f1b", "ep": 1}
-    cells = enumerate_cells(
-        graph, num_gpus, num_gpus, Limits(fixed={**limits.fixed, **own}, forbidden=limits.forbidden)
-    )
-    groups: dict[tuple[int, int, int, int], set[tuple[int, int]]] = {}
-    columns = (cells.tp, cells.sp, cells.vocab_parallel, cells.pp, cells.ulysses, cells.ring)
-    for tp, sp, vocab, pp, ulysses, ring in zip(*(c.tolist() for c in columns), strict=True):
-        degree = ulysses * ring
-        if graph.num_layers % pp == 0 and degree & (degree - 1) == 0:
-            groups.setdefault((tp, pp, sp, vocab), set()).add((ulysses, ring))
-    widest = {key[:2]: max(k[2:] for k in groups if k[:2] == key[:2]) for key in groups}
-    found = []
-    for (tp, pp, sp, vocab), pairs in sorted(groups.items()):
-        if widest[tp, pp] != (sp, vocab):
-            continue
-        for zero in (0, 1, 3):
-            sharded = num_gpus // (tp * pp) > 1
-            if (zero > 0) != sharded or zero not in limits.zero_stages or not limits.allows("zero", zero):
-                continue
-            shape = DataShape(
-                tp=tp, sequence_parallel=bool(sp), vocab_parallel=bool(vocab), pp=pp, zero_stage=zero,
-                offload_optimizer=limits.fixed.get("offload_optimizer", 0) == 1,
-            )  # fmt: skip
-            found.append((shape, tuple(sorted(pairs))))
-    return found
-
-
-# ---- static plan and buckets
-
-
-def _static(
-    layout: Layout, batches: tuple[IntArray, ...], longest: int, best: StaticPlan | None, late: Callable[[], bool]
-) -> StaticPlan | None:
-    """The best static plan of the layout, or `best` if that is no slower; kinds by a bound, a few of them run.
-
-    Once there is one, it ends when it is late.
+    `quick_s`: the batches' bounds, without what is paid once per step, once they are known.
     """
-    menu_ = layout.menu
-    tables = [table_of(menu_, batch) for batch in batches]
 
-    def least_s(kind: int) -> float:
-        group = menu_.groups[kind]
-        means = []
-        for table in tables:
-            only = table.restricted((kind,))
-            work = float(table.seconds_NK[:, kind].sum()) * group.ranks / menu_.num_ranks
-            means.append(work + group.fixed_s * fewest_steps(menu_, only))
-        return float(np.mean(means)) + menu_.step_s
+    bound_s: float
+    number: int
+    layout: Layout = field(compare=False)
+    level: int = field(default=0, compare=False)
+    dispatched: bool = field(default=False, compare=False)
+    quick_s: tuple[float, ...] = field(default=(), compare=False)
 
-    holds = [k for k, group in enumerate(menu_.groups) if group.capacity_tokens >= longest]
-    for bound, kind in sorted((least_s(kind), kind) for kind in holds)[:_STATICS]:
-        if best is not None and (bound >= best.mean_step_s or late()):
-            break
-        found = [static_dispatch(menu_, batch, kind) for batch in batches]
-        if any(d is None for d in found):
-            continue
-        mean_s = float(np.mean([d.step_s for d in found if d is not None]))
-        if best is None or mean_s < best.mean_step_s:
-            best = StaticPlan(shape=layout.shape, group=menu_.groups[kind], mean_step_s=mean_s)
-    return best
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """Best first over the layouts: the incumbent, the best static plan, and `bound_s` on every layout."""
+
+    batches: tuple[IntArray, ...]
+    longest: int
+    options: LengthOptions
+    late: _Late
+    best: _Best | None = None
+    static: StaticPlan | None = None
+    num_solved: int = 0
+    bound_s: float = 0.0
+
+    def over(self, layouts: list[Layout]) -> str:
+        """Search them; why it ended."""
+        nodes = [_Node(bound_s=layout.lower_bound_s, number=n, layout=layout) for n, layout in enumerate(layouts)]
+        heapq.heapify(nodes)
+        done: list[_Node] = []
+        reason = "exhausted"
+        while nodes:
+            if self.best is not None and self.late():
+                reason = "time_limit"
+                break
+            if self._met(nodes[0]):
+                reason = "gap" if all(map(self._met, done)) else reason
+                break
+            node = heapq.heappop(nodes)
+            if self.late() or not self._raised(node):
+                if node.dispatched:
+                    done.append(node)
+                    continue
+                self._dispatch(node.layout)
+                node.dispatched = True
+            heapq.heappush(nodes, node)
+        self.bound_s = min(node.bound_s for node in (*nodes, *done))
+        for node in sorted(nodes):
+            if self.late() or (self.static is not None and node.layout.lower_bound_s >= self.static.mean_step_s):
+                break
+            self._best_kind(node.layout)
+        return reason
+
+    def _met(self, node: _Node) -> bool:
+        return self.best is not None and node.bound_s >= self.best.step_s * (1 - self.options.gap_frac)
+
+    def _raised(self, node: _Node) -> bool:
+        """Raise the bound by the next means; False if there is none (relaxations need an incumbent)."""
+        kinds, level = node.layout.kinds, node.level
+        if level > 1 or (level == 1 and self.best is None):
+            return False
+        bounds = []
+        for number, batch in enumerate(self.batches):
+            if self.late():
+                return True
+            table = table_of(kinds, batch)
+            if level == 0:
+                bounds.append(bound_s(kinds, table))
+            else:
+                assert self.best is not None
+                upper_s = node.quick_s[number] * max(self.best.step_s / node.bound_s, 1.0) * _ABOVE
+                bounds.append(max(node.quick_s[number], tight_bound_s(kinds, table, upper_s, _PROGRAMS)))
+        node.level += 1
+        node.quick_s = tuple(bounds)
+        node.bound_s = max(node.bound_s, float(np.mean(bounds)) / (1 + SPARE_FRAC) + kinds.step_s)
+        return True
+
+    def _dispatch(self, layout: Layout) -> None:
+        """Every batch dispatched, each in an equal part of the layout's time, and no more than a batch needs.
+
+        The layout's best single kind joins the menu, and no dispatch is slower than its.
+        """
+        self.num_solved += 1
+        menu, kind = layout.menu, None
+        group = self._best_kind(layout)
+        if group is not None:
+            others = tuple(g for g in menu.groups if g is not group)
+            menu, kind = replace(menu, groups=(*others, group)), len(others)
+        found = []
+        until = replace(self.late, end_s=self.late.clock() + self.late.part_s(1 / _DISPATCH_FRAC))
+        for number, batch in enumerate(self.batches):
+            limit_s = min(_STEP_LIMIT_S, until.part_s(len(self.batches) - number))
+            found.append(
+                dispatch(
+                    menu, batch, gap_frac=self.options.gap_frac / 2, time_limit_s=limit_s, static_kind=kind,
+                    clock=self.late.clock,
+                )
+            )  # fmt: skip
+        mean_s = float(np.mean([d.step_s for d in found]))
+        if self.best is None or mean_s < self.best.step_s:
+            self.best = _Best(layout=replace(layout, menu=menu), dispatches=tuple(found), step_s=mean_s)
+
+    def _best_kind(self, layout: Layout) -> GroupCost | None:
+        """The kind that does best alone, None if none holds the longest length; `static` is kept up to date."""
+        found = best_single(layout.kinds, self.batches, self.longest, self.late)
+        if found is not None and (self.static is None or found.mean_s < self.static.mean_step_s):
+            self.static = StaticPlan(shape=layout.shape, group=found.group, mean_step_s=found.mean_s)
+        return found.group if found is not None else None
+
+
+# ---- buckets
 
 
 def _edges(found: Menu, lengths: Lengths, options: LengthOptions) -> Edges:

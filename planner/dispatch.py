@@ -7,7 +7,8 @@ the slowest groups; otherwise there is one micro-step, groups run their micro-ba
 a group is a pipeline: sum t_j + (pp - 1) max t_j of its micro-batches (flow shop with equal stages).
 
 Lengths are never rounded. The answer carries a proved lower bound on every dispatch of the menu (branching.py)
-and is not slower than the static plan, if one is given. Equal inputs, equal answer, unless time runs out.
+and starts from the best single kind (packing.py), so it is not slower than the static plan. Equal inputs, equal answer,
+unless time runs out.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from planner.batch import IntArray, Table, fewest_steps, table_of
 from planner.batch_bounds import bound_s
 from planner.branching import Guide, Tree
 from planner.costmodel.sequences import Menu
+from planner.packing import best_packed, packed
 from planner.placing import BestFit, Placed, Way
 
 _GROWTH = (1.05, 1.12, 1.2, 1.4, 1.8, 3.0, 7.0, 28.0)  # of the bound, until a first target is met
 _FIRST_STEPS, _LEADS = 7, (1.0, 1.5, 3.0)  # micro-steps from the fewest on, and how much longer the first lasts
 _LONGER = (0.004, 0.01, 0.02, 0.035, 0.06, 0.1, 0.17, 0.28, 0.45)  # than relaxed, targets
 _LONGER_FIRST, _TRIES = (0.02, 0.05, 0.1, 0.25, 0.6), 2  # of a new guide, and targets of all after each relaxation
-_RULE_GAP_FRAC, _RULE_LOOKS = 0.002, 384  # of dispatches that are compared with: how close, and how long they try
+_RULE_GAP_FRAC = 0.002  # of its bound, where a rule of somebody else's stops
 _RELAXATIONS = 64  # at most
+_SINGLE_FRAC = 0.3  # of the time, at most, for groups of a single kind
 _STRATEGIES = 2  # of those that a relaxation uses, tried with all of their kinds
 
 
@@ -106,17 +109,15 @@ def dispatch(
 ) -> Dispatch:
     """The best dispatch found: stops at `gap_frac` of the bound or at `time_limit_s`, whichever is first.
 
-    `static_kind`: also try every group of this kind, so that the answer is not slower than the static plan.
+    `static_kind`: looked at first, so that the answer is not slower than the static plan however short the time.
     ValueError, DoesNotFit: see `checked`.
     """
     checked(menu, lengths)
     start_s = clock()
     table = table_of(menu, lengths)
-    best: Placed | None = None
-    method = "best fit"
-    if static_kind is not None:
-        best, method = homogeneous(menu, table, static_kind), "static"
-    end_s = start_s + time_limit_s
+    single_s, end_s = start_s + _SINGLE_FRAC * time_limit_s, start_s + time_limit_s
+    best = best_packed(menu, table, lambda: clock() > single_s, static_kind)
+    method = "one kind"
     found, bound = _shorten(menu, table, best, gap_frac, lambda: clock() > end_s)
     if found is not best:
         best, method = found, "best fit"
@@ -129,39 +130,33 @@ def static_dispatch(menu: Menu, lengths: IntArray, kind: int) -> Dispatch | None
     """Every group of one kind: what a static plan does with the batch. None if a sequence does not fit it."""
     start_s = time.perf_counter()
     checked(menu, lengths)
-    if int(lengths.max()) > menu.groups[kind].capacity_tokens:
-        return None
     table = table_of(menu, lengths)
-    placed = homogeneous(menu, table, kind)
+    placed = packed(menu, table, kind)
     if placed is None:
         return None
     return _written(menu, table, placed, bound_s(menu, table), "static", time.perf_counter() - start_s)
 
 
-def placed_dispatch(menu: Menu, lengths: IntArray, change: Callable[[Table], Table]) -> Dispatch:
+def placed_dispatch(
+    menu: Menu,
+    lengths: IntArray,
+    change: Callable[[Table], Table],
+    *,
+    time_limit_s: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Dispatch:
     """The dispatch under a table that `change` restricts: what a rule of somebody else's would do with the batch.
 
     `lower_bound_s` is that of the unrestricted batch. ValueError if the restriction leaves a sequence no kind.
     """
-    start_s = time.perf_counter()
     checked(menu, lengths)
+    start_s = clock()
+    end_s = start_s + time_limit_s
     table = table_of(menu, lengths)
-    placed, _ = _shorten(menu, change(table), None, _RULE_GAP_FRAC, _after(_RULE_LOOKS))
+    placed, _ = _shorten(menu, change(table), None, _RULE_GAP_FRAC, lambda: clock() > end_s)
     if placed is None:
         raise ValueError("the restriction leaves a sequence no group")
-    return _written(menu, table, placed, bound_s(menu, table), "restricted", time.perf_counter() - start_s)
-
-
-def homogeneous(menu: Menu, table: Table, kind: int) -> Placed | None:
-    """The best of balanced packings over groups of `kind` alone; None if a sequence does not fit it."""
-    placed, _ = _shorten(menu, table.restricted((kind,)), None, _RULE_GAP_FRAC, _after(_RULE_LOOKS))
-    return placed
-
-
-def _after(looks: int) -> Callable[[], bool]:
-    """Late once it was asked `looks` times: a limit under which equal inputs have equal answers."""
-    left = iter(range(looks))
-    return lambda: next(left, None) is None
+    return _written(menu, table, placed, bound_s(menu, table), "restricted", clock() - start_s)
 
 
 def _shorten(

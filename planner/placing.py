@@ -7,9 +7,10 @@ in bundles: what they cost and hold is the sum of what each does.
 
 from __future__ import annotations
 
+import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -226,7 +227,7 @@ class BestFit:
         for kind, step, held in zip(state.kind, state.step, state.held, strict=True):
             if held:
                 sequences = [i for item in held for i in range(int(self.first_I[item]), int(ends[item]))]
-                rows[step].append(_group(self.menu, self.table, kind, sequences))
+                rows[step].append(placed_group(self.menu, self.table, kind, sequences))
         used = tuple(tuple(row) for row in rows if row)
         return Placed(steps=used, time_s=sum(max(group.time_s for group in row) for row in used))
 
@@ -244,7 +245,7 @@ def _bundles(menu: Menu, table: Table) -> IntArray:
     return np.flatnonzero(own | (np.diff(bundle, prepend=-1.0) != 0) | np.append(True, own[:-1]))
 
 
-def _group(menu: Menu, table: Table, kind: int, held: list[int]) -> PlacedGroup:
+def placed_group(menu: Menu, table: Table, kind: int, held: list[int]) -> PlacedGroup:
     """The group with its sequences packed into micro-batches."""
     own, fixed = table.seconds_NK[held, kind], float(table.fixed_K[kind])
     if menu.lockstep:
@@ -292,14 +293,34 @@ def _part_counts(fewest: int, most: int, pp: int) -> list[int]:
 
 def _pack(seconds: list[float], tokens: list[int], room: float, count: int) -> list[list[int]] | None:
     """Longest first into the micro-batch with the least time that has room (LPT); None if that leaves one out."""
+    parts, left = fill(seconds, tokens, range(len(seconds)), count, room)
+    return None if left else [part for part in parts if part]
+
+
+def fill(
+    seconds: list[float], tokens: list[int], those: Iterable[int], count: int, room: float, limit_s: float = math.inf
+) -> tuple[list[list[int]], list[int]]:
+    """`those`, longest first, into `count` parts, the least busy with room each time, up to `limit_s` each.
+
+    (parts, what no part has time and room for).
+    """
     parts: list[list[int]] = [[] for _ in range(count)]
-    time, left = [0.0] * count, [room] * count
-    for i in range(len(seconds)):
-        fits = [p for p in range(count) if left[p] >= tokens[i]]
-        if not fits:
-            return None
-        p = min(fits, key=time.__getitem__)
-        parts[p].append(i)
-        time[p] += seconds[i]
-        left[p] -= tokens[i]
-    return [part for part in parts if part]
+    free = [room] * count
+    busy = [(0.0, p) for p in range(count)]
+    left = []
+    for i in those:
+        full = []
+        while busy and free[busy[0][1]] < tokens[i]:
+            entry = heapq.heappop(busy)
+            if free[entry[1]] >= tokens[-1]:  # the shortest may still fit
+                full.append(entry)
+        if busy and busy[0][0] + seconds[i] <= limit_s:
+            spent, p = busy[0]
+            heapq.heapreplace(busy, (spent + seconds[i], p))
+            parts[p].append(i)
+            free[p] -= tokens[i]
+        else:
+            left.append(i)
+        for entry in full:
+            heapq.heappush(busy, entry)
+    return parts, left

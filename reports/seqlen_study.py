@@ -1,13 +1,14 @@
 """Simulator study: adaptive groups against static plans on FlexSP's 18 workloads and ByteScale-like mixes.
 
 `python -m planner.reports.seqlen_study [flexsp|bytescale]` writes reports/seqlen_study.md and its plot. Every figure is
-a prediction of our cost model; published speed-ups stand beside and tuned nothing.
+a prediction of our cost model; published speed-ups stand beside and tuned nothing. Limits of time are CPU seconds.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,61 +17,50 @@ from typing import Any
 import numpy as np
 
 from planner.batch import IntArray, Table
-from planner.bucketed import shapes_of
 from planner.costmodel.engine import get_engine
 from planner.costmodel.estimate import machine_for, model_facts
+from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.sequences import DataShape, Menu, core, menu, without_dominated
-from planner.dispatch import Dispatch, DoesNotFit, dispatch, placed_dispatch, static_dispatch
+from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, menu, without_dominated
+from planner.dispatch import DoesNotFit, dispatch, placed_dispatch
 from planner.distributions import named
+from planner.layouts import SPARE_FRAC, shapes_of
 from planner.lengths import Lengths
+from planner.pool import best_single, static_bounds_s
+from planner.reports.rows import Row as Cells
+from planner.reports.seqlen_text import PUBLISHED, Row, name_of, plot, text
 from planner.reports.shapes import Shape, build_graph
+from planner.reports.systems import cluster_of
 from planner.space import Limits
 
 HERE = Path(__file__).parent
 K = 1024
-# Published speed-up of FlexSP over (DeepSpeed, Megatron-LM), 64 GPUs: labels of figs/main-result in
-# github:PKU-DAIR/Hetu-Galvatron@flexsp.
-PUBLISHED = {
-    (192, "github"): {"7B": (1.45, 1.43), "13B": (1.40, 1.38), "30B": (1.44, 1.44)},
-    (192, "commoncrawl"): {"7B": (1.50, 1.66), "13B": (1.35, 1.55), "30B": (1.54, 1.58)},
-    (192, "wikipedia"): {"7B": (1.72, 1.98), "13B": (1.59, 1.79), "30B": (1.64, 1.95)},
-    (384, "github"): {"7B": (1.26, 1.47), "13B": (1.29, 1.63), "30B": (1.22, 1.40)},
-    (384, "commoncrawl"): {"7B": (1.42, 1.77), "13B": (1.37, 1.70), "30B": (1.33, 1.60)},
-    (384, "wikipedia"): {"7B": (1.46, 1.77), "13B": (1.43, 1.77), "30B": (1.53, 1.85)},
-}
 CORPORA = {"github": "github", "commoncrawl": "refinedweb", "wikipedia": "wikipedia"}
 GPTS = {"7B": (32, 4096), "13B": (40, 5120), "30B": (60, 6656)}
-SYSTEMS = ("adaptive", "batch-adaptive", "best static", "ulysses static", "tp x cp static", "hybrid cp")
-BATCHES, SEQUENCES, USABLE_FRAC, TRIED, LIMIT_S = 3, 512, 0.92, 3, 1.0
+BATCHES, SEQUENCES, USABLE_FRAC = 3, 512, 0.92
+PARTS = (1.0, 0.5, 0.25, 0.125)  # of a rank's room, for what hybrid CP lets a sequence take of it
+TENSOR_DEGREES = (8, 16)  # of the Megatron-like baseline: what FlexSP ran, and what keeps tp in a node
+# What FlexSP's rows say of their cluster: a node's eight GPUs share 400 Gb/s (two InfiniBand ports), a quarter of what
+# a DGX A100 has.
+FLEXSP_CELLS = {"gpu": "A100-40GB-SXM", "gpus_per_node": "8", "inter_node": "400 Gbps IB"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A model on a cluster with lengths; `batches` are the same for every system."""
+    """A model on a cluster with lengths; `batches` are the same for every system.
+
+    `limit_s`: of the dispatcher, a batch. `ulysses`: the degree that the publication's static plan had, where it says.
+    """
 
     name: str
     shape: Shape
-    cluster: str
+    cluster: ClusterSpec
     gpus: int
     lengths: Lengths
     batches: tuple[IntArray, ...]
     zero: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """Mean step seconds by system (None: it does not fit), and the mean gap of the adaptive dispatches."""
-
-    name: str
-    step_s: dict[str, float | None]
-    gap_frac: float
-    tokens: float
-
-    def speedup(self, system: str) -> float | None:
-        """How much faster the adaptive plan is than `system`."""
-        other, own = self.step_s[system], self.step_s["adaptive"]
-        return None if other is None or own is None else other / own
+    limit_s: float = 3.0
+    ulysses: int | None = None
 
 
 def gpt(layers: int, hidden: int, longest: int) -> Shape:
@@ -79,16 +69,17 @@ def gpt(layers: int, hidden: int, longest: int) -> Shape:
                  vocab=51_200, seq_len=longest, gated=False, tied=False, rotary=False)  # fmt: skip
 
 
-def flexsp() -> Iterator[tuple[Workload, tuple[float, float]]]:
-    """The 18 workloads: 512 sequences a step on 64 A100-40GB, with the published speed-ups."""
-    for (longest, corpus), published in PUBLISHED.items():
+def flexsp() -> Iterator[Workload]:
+    """The 18 workloads: 512 sequences a step on 64 A100-40GB."""
+    cluster = cluster_of(Cells(FLEXSP_CELLS))
+    for longest, corpus in dict.fromkeys((longest, corpus) for longest, corpus, _ in PUBLISHED):
         lengths = named(CORPORA[corpus]).cut(longest * K)
         batches = tuple(lengths.sample(SEQUENCES, seed) for seed in range(BATCHES))
-        for model, speedups in published.items():
-            shape = gpt(*GPTS[model], longest * K)
-            name = f"GPT-{model} {longest}K {corpus}"
-            yield Workload(name=name, shape=shape, cluster="a100-40gb", gpus=64, lengths=lengths, batches=batches,
-                           zero=3), speedups  # fmt: skip
+        for model, sizes in GPTS.items():
+            yield Workload(
+                name=name_of(longest, corpus, model), shape=gpt(*sizes, longest * K), cluster=cluster, gpus=64,
+                lengths=lengths, batches=batches, zero=3, ulysses=64 if longest == 384 else None,
+            )  # fmt: skip
 
 
 def bytescale() -> Iterator[Workload]:
@@ -98,9 +89,10 @@ def bytescale() -> Iterator[Workload]:
     for corpus in ("byted", "github"):
         for gpus in (1024, 4096, 12_288):
             lengths = named(corpus).cut(2048 * K)
-            batches = lengths.batches(2, gpus * 8 * K, 0)
-            yield Workload(name=f"7B 2M {corpus}, {gpus:,} GPUs", shape=shape, cluster="h800", gpus=gpus,
-                           lengths=lengths, batches=batches, zero=1)  # fmt: skip
+            yield Workload(
+                name=f"7B 2M {corpus}, {gpus:,} GPUs", shape=shape, cluster=load_cluster("h800"), gpus=gpus,
+                lengths=lengths, batches=lengths.batches(BATCHES, gpus * 8 * K, 0), zero=1, limit_s=10.0,
+            )  # fmt: skip
 
 
 # ---- systems
@@ -109,7 +101,7 @@ def bytescale() -> Iterator[Workload]:
 def menus(work: Workload, shape: DataShape, keep: Callable[[int, int], bool] = lambda u, r: True) -> Menu:
     """Kinds of groups of one state layout whose (ulysses, ring) `keep` accepts."""
     graph = build_graph(work.shape)
-    machine = machine_for(graph, load_cluster(work.cluster), get_engine("planner"), work.gpus)
+    machine = machine_for(graph, work.cluster, get_engine("planner"), work.gpus)
     limits = Limits(fixed={"tp": shape.tp, "pp": shape.pp})
     found = dict((s.tp, degrees) for s, degrees in shapes_of(graph, work.gpus, limits))
     degrees = tuple(d for d in found[shape.tp] if keep(*d))
@@ -119,160 +111,133 @@ def menus(work: Workload, shape: DataShape, keep: Callable[[int, int], bool] = l
     return menu(graph, facts, machine, shape, degrees, work.lengths.longest_tokens, tokens, usable)
 
 
-def without_swap(found: Menu) -> Menu:
-    """Only kinds that keep activations on the GPU: what the baselines' published runs did."""
-    return replace(found, groups=tuple(group for group in found.groups if not group.strategy.offload_activations))
+def only(found: Menu, keep: Callable[[GroupCost], bool]) -> Menu:
+    """The kinds that `keep` accepts."""
+    return replace(found, groups=tuple(group for group in found.groups if keep(group)))
 
 
-def mean_s(found: list[Dispatch | None]) -> float | None:
-    """Mean step, None if a batch does not fit."""
-    steps = [d.step_s for d in found if d is not None]
-    return float(np.mean(steps)) if len(steps) == len(found) else None
+def in_memory(group: GroupCost) -> bool:
+    """Whether activations stay on the GPU, as in the baselines' published runs."""
+    return not group.strategy.offload_activations
 
 
-def least_s(kinds: Menu, k: int, batches: tuple[IntArray, ...]) -> float:
-    """What groups of kind `k` alone cannot beat on average, and come close to."""
-    group = kinds.groups[k]
+def static_s(work: Workload, kinds: Menu) -> tuple[float, ...] | None:
+    """Seconds of each batch under the best single kind that holds the longest sequence; None if none does."""
+    found = best_single(kinds, work.batches, work.lengths.longest_tokens)
+    return None if found is None else found.step_s
+
+
+def least_s(*found: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """The one with the least mean."""
+    return min((steps for steps in found if steps is not None), key=sum, default=None)
+
+
+def hybrid_s(work: Workload, kinds: Menu) -> tuple[float, ...] | None:
+    """Megatron-Core's hybrid CP: every sequence on the fewest ranks that hold it at so many tokens each.
+
+    The best of several numbers of tokens, and of groups that keep their ranks all step and groups that are formed
+    anew for every micro-step; packed by our best fit.
+    """
+    return least_s(
+        *(_fewest_ranks_s(work, replace(kinds, lockstep=regroup), part) for regroup in (False, True) for part in PARTS)
+    )
+
+
+def _fewest_ranks_s(work: Workload, kinds: Menu, part: float) -> tuple[float, ...] | None:
+    """Seconds of each batch where a rank takes `part` of the tokens that it has room for, if so many ranks exist."""
+
+    def fewest(table: Table) -> Table:
+        holds = np.isfinite(table.seconds_NK)
+        easily = holds & (table.tokens_N[:, None] <= part * table.room_K)
+        least = np.where(easily, table.ranks_K, np.inf).min(axis=1)
+        ranks = np.minimum(least, np.where(holds, table.ranks_K, 0.0).max(axis=1))
+        kept = np.where(np.isfinite(least)[:, None], easily, holds) & (table.ranks_K == ranks[:, None])
+        return replace(table, seconds_NK=np.where(kept, table.seconds_NK, np.inf))
 
     def one(batch: IntArray) -> float:
-        steps = max(1.0, np.ceil(float(batch.sum()) * group.ranks / (group.capacity_tokens * kinds.num_ranks)))
-        return float(group.sequence_s(batch).sum()) * group.ranks / kinds.num_ranks + steps * group.fixed_s
+        limit_s = work.limit_s / len(PARTS)
+        return placed_dispatch(kinds, batch, fewest, time_limit_s=limit_s, clock=time.process_time).step_s
 
-    return float(np.mean([one(batch) for batch in batches]))
-
-
-def statics(work: Workload, kinds: Menu, longest: int) -> list[list[Dispatch | None]]:
-    """Dispatches of the most promising kinds that hold `longest`, one list a kind."""
-    holds = [k for k, group in enumerate(kinds.groups) if group.capacity_tokens >= longest]
-    holds.sort(key=lambda k: least_s(kinds, k, work.batches))
-    return [[static_dispatch(kinds, batch, k) for batch in work.batches] for k in holds[:TRIED]]
-
-
-def best_static(work: Workload, kinds: Menu, longest: int) -> float | None:
-    """Mean step of the best kind that holds `longest`."""
-    means = [mean for found in statics(work, kinds, longest) if (mean := mean_s(found)) is not None]
-    return min(means, default=None)
-
-
-def hybrid(kinds: Menu, batch: IntArray) -> Dispatch:
-    """Megatron-Core's hybrid CP over tp 8: every sequence on the fewest ranks that hold it; packed by our best fit."""
-
-    def least(table: Table) -> Table:
-        ranks = np.where(np.isfinite(table.seconds_NK), table.ranks_K, np.inf)
-        own = ranks == ranks.min(axis=1, keepdims=True)
-        return replace(table, seconds_NK=np.where(own, table.seconds_NK, np.inf))
-
-    return placed_dispatch(kinds, batch, least)
-
-
-def simulate(work: Workload) -> Row:
-    """Every system on every batch."""
-    base = DataShape(zero_stage=work.zero)
-    typical, longest = work.lengths.mean_tokens, work.lengths.longest_tokens
-    everything = without_dominated(menus(work, base), 0.01)
-    kinds = core(everything, typical)
-    adaptive = [dispatch(kinds, b, gap_frac=0.005, time_limit_s=LIMIT_S) for b in work.batches]
-    any_kind = [found for found in (statics(replace(work, batches=(b,)), kinds, int(b.max())) for b in work.batches)]
-    fastest = [min(d[0].step_s for d in found if d[0] is not None) for found in any_kind]
-    ulysses = core(without_swap(menus(work, base, lambda u, r: r == 1)), typical)
-    tensor = DataShape(tp=8, sequence_parallel=True, vocab_parallel=True, zero_stage=1)
-    megatron = core(without_swap(menus(work, tensor, lambda u, r: u == 1)), typical)
-    own, theirs = (best_static(work, found, longest) for found in (kinds, ulysses))
-    step_s: dict[str, float | None] = {
-        "adaptive": mean_s([*adaptive]),
-        "batch-adaptive": float(np.mean(fastest)),
-        "best static": min((s for s in (own, theirs) if s is not None), default=None),
-        "ulysses static": theirs,
-        "tp x cp static": best_static(work, megatron, longest),
-        "hybrid cp": _fits(lambda: mean_s([hybrid(megatron, b) for b in work.batches])),
-    }
-    gap = float(np.mean([d.gap_frac for d in adaptive]))
-    return Row(name=work.name, step_s=step_s, gap_frac=gap, tokens=float(np.mean([b.sum() for b in work.batches])))
-
-
-def _fits(run: Callable[[], float | None]) -> float | None:
     try:
-        return run()
+        return tuple(one(batch) for batch in work.batches)
     except (DoesNotFit, ValueError):
         return None
 
 
+def adaptive_s(work: Workload, found: Menu) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(seconds, gap) of each batch over a small menu that the best single kind has joined."""
+    small = core(without_dominated(found, SPARE_FRAC), work.lengths.mean_tokens)
+    single = best_single(found, work.batches, work.lengths.longest_tokens)
+    if single is not None:
+        small = replace(small, groups=(*(g for g in small.groups if g is not single.group), single.group))
+    answers = [
+        dispatch(
+            small, batch, gap_frac=0.005, time_limit_s=work.limit_s, clock=time.process_time,
+            static_kind=None if single is None else len(small.groups) - 1,
+        )
+        for batch in work.batches
+    ]  # fmt: skip
+    return tuple(d.step_s for d in answers), tuple(d.gap_frac for d in answers)
+
+
+def simulate(work: Workload) -> Row:
+    """Every system on every batch."""
+    everything = menus(work, DataShape(zero_stage=work.zero))
+    ulysses = only(everything, lambda g: g.ring == 1 and in_memory(g))
+    tensor = [
+        DataShape(tp=tp, sequence_parallel=True, vocab_parallel=True, zero_stage=1) for tp in TENSOR_DEGREES
+    ]  # fmt: skip
+    megatron = [only(menus(work, shape, lambda u, r: u == 1), in_memory) for shape in tensor]
+    adaptive, gaps = adaptive_s(work, everything)
+    each = [best_single(everything, (batch,), int(batch.max())) for batch in work.batches]
+    own, tensors = static_s(work, everything), least_s(*(static_s(work, found) for found in megatron))
+    published = only(ulysses, lambda g: g.ulysses == work.ulysses)
+    holding = only(everything, lambda g: g.capacity_tokens >= work.lengths.longest_tokens)
+    least = 0.0 if own is None else float(static_bounds_s(holding, work.batches).min())
+    return Row(
+        name=work.name,
+        step_s={
+            "adaptive": adaptive, "batch-adaptive": tuple(found.step_s[0] for found in each if found is not None),
+            "best static": least_s(own, tensors), "ulysses static": static_s(work, ulysses),
+            "ulysses as run": static_s(work, published) if work.ulysses else None,
+            "tp x cp static": tensors, "hybrid cp": hybrid_s(work, megatron[0]),
+        },
+        gap_frac=gaps, static_gap_frac=0.0 if own is None else max(0.0, 1 - least / float(np.mean(own))),
+        tokens=float(np.mean([b.sum() for b in work.batches])),
+    )  # fmt: skip
+
+
 # ---- report
-
-
-def table(rows: list[Row], published: dict[str, tuple[float, float]]) -> list[str]:
-    """Markdown lines: seconds of every system, speed-ups, published speed-ups, gap."""
-    head = ["workload", "tokens a step", *(f"{s} s" for s in SYSTEMS), "over ulysses (published)",
-            "over tp x cp (published)", "over best static", "gap %"]  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        seconds = ["-" if (s := row.step_s[system]) is None else f"{s:.2f}" for system in SYSTEMS]
-        said = published.get(row.name)
-        over = [_beside(row.speedup(s), said and said[i]) for i, s in enumerate(("ulysses static", "tp x cp static"))]
-        cells = [row.name, f"{row.tokens / 1e3:,.0f}K", *seconds, *over, _beside(row.speedup("best static"), None),
-                 f"{100 * row.gap_frac:.1f}"]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
-
-
-def _beside(ours: float | None, said: float | None) -> str:
-    text = "-" if ours is None else f"{ours:.2f}"
-    return text if said is None else f"{text} ({said:.2f})"
-
-
-def plot(rows: list[Row], published: dict[str, tuple[float, float]], path: Path) -> None:
-    """Speed-up over each baseline, predicted as bars and published as marks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 1, figsize=(12, 7), sharex=True, layout="constrained")
-    at = np.arange(len(rows))
-    for i, (axis, system) in enumerate(zip(axes, ("ulysses static", "tp x cp static"), strict=True)):
-        axis.bar(at, [row.speedup(system) or 0.0 for row in rows], color="#4878a8", label="predicted")
-        marked = [(x, published[row.name][i]) for x, row in enumerate(rows) if row.name in published]
-        if marked:
-            axis.plot(*zip(*marked, strict=True), "D", color="#d1605e", label="published (FlexSP)")
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_ylabel(f"speed-up over {system}")
-        axis.margins(y=0.3)
-        axis.legend(loc="upper left", ncols=2, frameon=False)
-    axes[-1].set_xticks(at, [row.name for row in rows], rotation=60, ha="right", fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:
     """Simulate what reports/seqlen_study.json does not hold yet, keep every row there, and write the report."""
     which = sys.argv[1:] or ["flexsp", "bytescale"]
     kept = HERE / "seqlen_study.json"
-    data = json.loads(kept.read_text()) if kept.exists() else {}
+    data: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
     for family in which:
         rows = data.setdefault(family, {})
-        for work in [w for w, _ in flexsp()] if family == "flexsp" else list(bytescale()):
+        for work in list(flexsp() if family == "flexsp" else bytescale()):
             if work.name in rows:
                 continue
+            start_s = time.process_time()
             row = simulate(work)
-            rows[work.name] = {"step_s": row.step_s, "gap_frac": row.gap_frac, "tokens": row.tokens}
-            print(row.name, rows[work.name], flush=True)
+            rows[work.name] = row.data()
+            print(f"{row.name}: {time.process_time() - start_s:.1f} CPU s", row.data(), flush=True)
             kept.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
             write(data)
 
 
-def write(data: dict[str, dict[str, dict[str, Any]]]) -> None:
+def write(data: dict[str, dict[str, Any]]) -> None:
     """The report and its plot, rows in the order of the workloads."""
-    published = {work.name: said for work, said in flexsp()}
+    order = [work.name for work in flexsp()]
     families = {
-        family: [Row(name=name, **rows[name]) for name in sorted(rows, key=[*published, *rows].index)]
+        family: [Row.of(name, rows[name]) for name in sorted(rows, key=[*order, *rows].index)]
         for family, rows in data.items()
     }
-    lines = (HERE / "seqlen_study_head.txt").read_text().splitlines()
-    for family, rows in families.items():
-        lines += ["", f"## {family}", "", *table(rows, published)]
-    (HERE / "seqlen_study.md").write_text("\n".join(lines) + "\n")
-    everything = [row for rows in families.values() for row in rows]
-    plot(everything, published, HERE / "plots" / "seqlen_study.png")
+    head = (HERE / "seqlen_study_head.txt").read_text().splitlines()
+    (HERE / "seqlen_study.md").write_text(text(head, families, cluster_of(Cells(FLEXSP_CELLS))))
+    plot([row for rows in families.values() for row in rows], HERE / "plots" / "seqlen_study.png")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.bucketed import LengthOptions, LengthResult, NothingHolds, search_lengths
+from planner.bucketed import LengthOptions, LengthResult, search_lengths
 from planner.build import Job, build_plan
 from planner.check import check_plan, problems
 from planner.commands import arguments
 from planner.costmodel.keys import Machine
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import InfeasibleError, UserError
+from planner.layouts import NothingHolds
 from planner.lengths import Lengths
 from planner.menus import quantiles_of
 from planner.plan import Bucket, GroupKind, Plan, SequencePlan

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from planner.batch import IntArray
+from planner.costmodel.presets import load_cluster
 from planner.costmodel.sequences import DataShape, Menu, core, without_dominated
 from planner.dispatch import dispatch
 from planner.distributions import named
@@ -59,8 +60,9 @@ def small() -> Iterator[Workload]:
             lengths = named(corpus).cut(cut * K)
             for model, (layers, hidden) in GPTS.items():
                 yield Workload(
-                    name=f"{corpus} {cut}K, GPT-{model}", shape=gpt(layers, hidden, cut * K), cluster="a100-40gb",
-                    gpus=RANKS, lengths=lengths, batches=(lengths.sample(SEQUENCES, 0),), zero=3,
+                    name=f"{corpus} {cut}K, GPT-{model}", shape=gpt(layers, hidden, cut * K),
+                    cluster=load_cluster("a100-40gb"), gpus=RANKS, lengths=lengths,
+                    batches=(lengths.sample(SEQUENCES, 0),), zero=3,
                 )  # fmt: skip
 
 

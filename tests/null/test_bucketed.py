@@ -15,7 +15,7 @@ import pytest
 
 from planner.batch import table_of
 from planner.batch_bounds import bound_s
-from planner.bucketed import LengthOptions, LengthResult, NothingHolds, search_lengths, shapes_of
+from planner.bucketed import LengthOptions, LengthResult, search_lengths
 from planner.build import Job
 from planner.check import check_plan, problems
 from planner.cli import entry
@@ -26,6 +26,7 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.presets import load_cluster
 from planner.distributions import named
 from planner.errors import InfeasibleError, PlanFileError, UserError
+from planner.layouts import NothingHolds, shapes_of
 from planner.menus import dispatching_of, drift
 from planner.plan import Plan, decode_plan, encode_plan
 from planner.reports.shapes import Shape, build_graph

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from planner.batch import table_of
 from planner.batch_bounds import bound_s
 from planner.branching import tight_bound_s
-from planner.costmodel.sequences import GroupCost, Menu, length_grid
+from planner.costmodel.sequence_attention import length_grid
+from planner.costmodel.sequences import GroupCost, Menu
 from planner.costmodel.strategy import LayerStrategy
 from planner.dispatch import Dispatch, DoesNotFit, dispatch, static_dispatch, token_weights
 from planner.distributions import named

@@ -1,0 +1,73 @@
+"""Attention of one sequence, priced by its length: shared by all state layouts with the same tensor parallelism.
+
+Legend: G lengths of the grid, C layer classes, U group shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from planner.costmodel.estimate import ModelFacts
+from planner.costmodel.facts import LayerFacts
+from planner.costmodel.keys import Array, Keys, Machine
+from planner.costmodel.layer_times import scaled_to_measured
+
+_SHORTEST = 16  # tokens; shorter sequences cost per token what this one does
+_STEPS_PER_OCTAVE = 1
+_PARTS = ("attention_f", "attention_b", "cp_f", "cp_b")
+
+
+def attention_at(facts: ModelFacts, seq_len: int) -> tuple[LayerFacts, ...]:
+    """Attention alone of every layer class, for one sequence of `seq_len` tokens."""
+
+    def only(layer: LayerFacts) -> LayerFacts:
+        ops = tuple(
+            replace(
+                op,
+                attention=replace(a, batch=1, q_len=seq_len, kv_len=seq_len),
+                flops=int(op.flops / a.batch * (seq_len / a.q_len) * (seq_len / a.kv_len)),
+                backward_flops=int(op.backward_flops / a.batch * (seq_len / a.q_len) * (seq_len / a.kv_len)),
+            )
+            for op in layer.attentions
+            if (a := op.attention) is not None
+        )
+        return replace(
+            layer, matmuls=(), attentions=ops, traffic=(), selective_traffic=(), kernels=(),
+            selective_kernels=(), gathered_bytes=(), row_bytes=(),
+            vocab_row_bytes=0.0, vocab_gathered_bytes=0.0, permute_bytes=(), dropped_bytes=0.0, launches=0,
+            last_gemm=None, last_sum_bytes=0.0,
+        )  # fmt: skip
+
+    return tuple(map(only, facts.classes))
+
+
+def length_grid(longest: int) -> Array:
+    """Lengths at which attention is priced: one an octave up to `longest`."""
+    last = max(longest, 2 * _SHORTEST)
+    count = 1 + int(np.ceil(_STEPS_PER_OCTAVE * np.log2(last / _SHORTEST)))
+    return np.unique(np.rint(np.geomspace(_SHORTEST, last, count)))
+
+
+class AttentionPrices:
+    """Seconds of attention forward and backward and of its communication likewise, by length, class and shape.
+
+    `redone`: by class, whether selective recomputation redoes it.
+    """
+
+    def __init__(self, facts: ModelFacts, machine: Machine, longest: int) -> None:
+        self.grid, self._machine = length_grid(longest), machine
+        self.redone = np.array([float(layer.selective_attention) for layer in facts.classes])
+        self._at = [attention_at(facts, int(n)) for n in (1, *self.grid)]
+        self._kept: dict[tuple[float, ...], Array] = {}
+
+    def of(self, keys: Keys) -> Array:
+        """(parts, 1 + G, C, U) at keys of one sequence a micro-batch; the first length is a single token."""
+        columns = (keys.tp, keys.sp, keys.vocab_parallel, keys.ulysses, keys.ring)
+        shapes = [tuple(shape) for shape in np.stack(columns, axis=1).tolist()]
+        if any(shape not in self._kept for shape in shapes):
+            rows = [[scaled_to_measured(layer, keys, self._machine) for layer in layers] for layers in self._at]
+            priced = np.array([[[getattr(price, part) for price in row] for row in rows] for part in _PARTS])
+            self._kept.update((shape, priced[..., u]) for u, shape in enumerate(shapes))
+        return np.stack([self._kept[shape] for shape in shapes], axis=-1)

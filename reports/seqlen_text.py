@@ -1,0 +1,164 @@
+"""The page of the sequence-length study: its rows, what was published for them, and the plot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planner.costmodel import comm
+from planner.costmodel.hardware import ClusterSpec
+from planner.costmodel.units import GB
+
+# Published speed-up of FlexSP over (DeepSpeed, Megatron-LM), 64 GPUs: labels of figs/main-result in
+# github:PKU-DAIR/Hetu-Galvatron@flexsp.
+PUBLISHED = {
+    (192, "github", "7B"): (1.45, 1.43), (192, "github", "13B"): (1.40, 1.38), (192, "github", "30B"): (1.44, 1.44),
+    (192, "commoncrawl", "7B"): (1.50, 1.66), (192, "commoncrawl", "13B"): (1.35, 1.55),
+    (192, "commoncrawl", "30B"): (1.54, 1.58),
+    (192, "wikipedia", "7B"): (1.72, 1.98), (192, "wikipedia", "13B"): (1.59, 1.79),
+    (192, "wikipedia", "30B"): (1.64, 1.95),
+    (384, "github", "7B"): (1.26, 1.47), (384, "github", "13B"): (1.29, 1.63), (384, "github", "30B"): (1.22, 1.40),
+    (384, "commoncrawl", "7B"): (1.42, 1.77), (384, "commoncrawl", "13B"): (1.37, 1.70),
+    (384, "commoncrawl", "30B"): (1.33, 1.60),
+    (384, "wikipedia", "7B"): (1.46, 1.77), (384, "wikipedia", "13B"): (1.43, 1.77),
+    (384, "wikipedia", "30B"): (1.53, 1.85),
+}  # fmt: skip
+# The same figure's labels of FlexSP-BatchAda over DeepSpeed; none were found for 30B.
+BATCH_ADAPTIVE = {
+    (192, "github", "7B"): 1.07, (192, "github", "13B"): 1.08, (192, "commoncrawl", "7B"): 1.09,
+    (192, "commoncrawl", "13B"): 1.07, (192, "wikipedia", "7B"): 1.34, (192, "wikipedia", "13B"): 1.31,
+    (384, "github", "7B"): 1.03, (384, "github", "13B"): 1.06, (384, "commoncrawl", "7B"): 1.04,
+    (384, "commoncrawl", "13B"): 1.06, (384, "wikipedia", "7B"): 1.32, (384, "wikipedia", "13B"): 1.21,
+}  # fmt: skip
+# All-to-all GB/s per GPU that FlexSP's solver has for its 64 GPUs, by degree (same repository, solver.py).
+ALL_TO_ALL = {8: 96.5, 16: 10.33, 32: 5.94, 64: 4.87}
+_BUFFER_BYTES = 64e6  # of an all-to-all, about what a micro-batch sends
+SYSTEMS = ("adaptive", "batch-adaptive", "best static", "ulysses static", "ulysses as run", "tp x cp static",
+           "hybrid cp")  # fmt: skip
+
+
+def name_of(longest: int, corpus: str, model: str) -> str:
+    """What the table calls a workload of FlexSP's."""
+    return f"GPT-{model} {longest}K {corpus}"
+
+
+_KEYS = {name_of(*key): key for key in PUBLISHED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A workload: seconds of every batch by system (None: it does not fit), and gaps of the adaptive dispatches.
+
+    `static_gap_frac`: by how much, at most, groups of one kind could beat the best of them.
+    """
+
+    name: str
+    step_s: dict[str, tuple[float, ...] | None]
+    gap_frac: tuple[float, ...]
+    static_gap_frac: float
+    tokens: float
+
+    @classmethod
+    def of(cls, name: str, data: dict[str, Any]) -> Row:
+        """From `data`."""
+        return cls(name=name, **data)
+
+    def data(self) -> dict[str, Any]:
+        """All but the name."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
+
+    def mean_s(self, system: str) -> float | None:
+        """Mean step."""
+        found = self.step_s[system]
+        return None if found is None else float(np.mean(found))
+
+    def speedup(self, system: str) -> float | None:
+        """How much faster the adaptive plan is than `system`."""
+        other, own = self.mean_s(system), self.mean_s("adaptive")
+        return None if other is None or own is None else other / own
+
+    def published(self, system: str) -> float | None:
+        """What was published for `speedup`."""
+        at = {"ulysses static": 0, "ulysses as run": 0, "tp x cp static": 1}.get(system)
+        key = _KEYS.get(self.name)
+        return None if key is None or at is None else PUBLISHED[key][at]
+
+    def order(self) -> str:
+        """Whether the four published systems come in the published order; "" where there are not four."""
+        key = _KEYS.get(self.name)
+        if key not in BATCH_ADAPTIVE:
+            return ""
+        deepspeed, megatron = PUBLISHED[key]
+        published = {"F": 1.0, "B": deepspeed / BATCH_ADAPTIVE[key], "D": deepspeed, "M": megatron}
+        as_run = "ulysses static" if self.step_s["ulysses as run"] is None else "ulysses as run"
+        systems = {"F": "adaptive", "B": "batch-adaptive", "D": as_run, "M": "tp x cp static"}
+        ours = {letter: mean for letter, system in systems.items() if (mean := self.mean_s(system)) is not None}
+        said, found = ("".join(sorted(of, key=of.__getitem__)) for of in (published, ours))
+        return "as published" if said == found else f"{found}, published {said}"
+
+
+def text(head: list[str], families: dict[str, list[Row]], cluster: ClusterSpec) -> str:
+    """The page: what the head says, a table a family, and the prices of the all-to-all."""
+    lines = list(head)
+    for family, rows in families.items():
+        lines += ["", f"## {family}", "", *_table(rows)]
+    return "\n".join([*lines, "", "## The all-to-all on FlexSP's cluster", "", *_all_to_all(cluster)]) + "\n"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    """Markdown lines: seconds of every system, speed-ups, published speed-ups, order, gaps."""
+    over = ("ulysses static", "ulysses as run", "tp x cp static", "best static")
+    head = ["workload", "tokens a step", *(f"{s} s" for s in SYSTEMS), *(f"over {s}" for s in over), "order", "gap %",
+            "static gap %"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        seconds = ["-" if (s := row.mean_s(system)) is None else f"{s:.2f}" for system in SYSTEMS]
+        speedups = [_beside(row.speedup(s), row.published(s)) for s in over]
+        cells = [row.name, f"{row.tokens / 1e3:,.0f}K", *seconds, *speedups, row.order() or "-",
+                 f"{100 * np.mean(row.gap_frac):.1f}", f"{100 * row.static_gap_frac:.1f}"]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _beside(ours: float | None, said: float | None) -> str:
+    if ours is None:
+        return "-"
+    return f"{ours:.2f}" if said is None else f"{ours:.2f} ({said:.2f})"
+
+
+def _all_to_all(cluster: ClusterSpec) -> list[str]:
+    """Markdown lines: our price of an all-to-all beside the rate that FlexSP's solver has."""
+    degrees = np.array(list(ALL_TO_ALL))
+    domains = cluster.domain_sizes(64)
+    seconds = comm.all_to_all_s(cluster, domains, _BUFFER_BYTES, np.ones_like(degrees), degrees)
+    lines = ["| degree | FlexSP's solver GB/s | ours GB/s | ours over theirs |", "|---|---|---|---|"]
+    for (degree, said), own_s in zip(ALL_TO_ALL.items(), seconds, strict=True):
+        own = _BUFFER_BYTES / own_s / GB
+        lines.append(f"| {degree} | {said:.2f} | {own:.2f} | {own / said:.2f} |")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Speed-up over each baseline, predicted as bars and published as marks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 1, figsize=(12, 7), sharex=True, layout="constrained")
+    at = np.arange(len(rows))
+    for axis, system in zip(axes, ("ulysses static", "tp x cp static"), strict=True):
+        axis.bar(at, [row.speedup(system) or 0.0 for row in rows], color="#4878a8", label="predicted")
+        marked = [(x, said) for x, row in enumerate(rows) if (said := row.published(system)) is not None]
+        if marked:
+            axis.plot(*zip(*marked, strict=True), "D", color="#d1605e", label="published (FlexSP)")
+        axis.axhline(1.0, color="black", linewidth=0.8)
+        axis.set_ylabel(f"speed-up over {system}")
+        axis.margins(y=0.3)
+        axis.legend(loc="upper left", ncols=2, frameon=False)
+    axes[-1].set_xticks(at, [row.name for row in rows], rotation=60, ha="right", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
