@@ -27,7 +27,8 @@ from planner.costmodel.sequences import DataShape, GroupCost, Menu
 from planner.dispatch import Dispatch, dispatch
 from planner.layouts import SPARE_FRAC, Layout, ideal_s, priced
 from planner.lengths import Lengths
-from planner.pool import best_single
+from planner.placing import Placed
+from planner.pool import Single, best_single
 from planner.space import Limits
 
 _PRICING_FRAC = 0.5  # of the time limit, at most, before something is dispatched
@@ -231,18 +232,17 @@ class _Run:
         The layout's best single kind joins the menu, and no dispatch is slower than its.
         """
         self.num_solved += 1
-        menu, kind = layout.menu, None
-        group = self._best_kind(layout)
-        if group is not None:
-            others = tuple(g for g in menu.groups if g is not group)
-            menu, kind = replace(menu, groups=(*others, group)), len(others)
-        found = []
+        menu, found = layout.menu, []
+        starts: tuple[Placed | None, ...] = (None,) * len(self.batches)
+        single = self._best_kind(layout)
+        if single is not None:
+            menu, starts = single.joined(menu)
         until = replace(self.late, end_s=self.late.clock() + self.late.part_s(1 / _DISPATCH_FRAC))
-        for number, batch in enumerate(self.batches):
+        for number, (batch, start) in enumerate(zip(self.batches, starts, strict=True)):
             limit_s = min(_STEP_LIMIT_S, until.part_s(len(self.batches) - number))
             found.append(
                 dispatch(
-                    menu, batch, gap_frac=self.options.gap_frac / 2, time_limit_s=limit_s, static_kind=kind,
+                    menu, batch, gap_frac=self.options.gap_frac / 2, time_limit_s=limit_s, start=start,
                     clock=self.late.clock,
                 )
             )  # fmt: skip
@@ -250,12 +250,12 @@ class _Run:
         if self.best is None or mean_s < self.best.step_s:
             self.best = _Best(layout=replace(layout, menu=menu), dispatches=tuple(found), step_s=mean_s)
 
-    def _best_kind(self, layout: Layout) -> GroupCost | None:
+    def _best_kind(self, layout: Layout) -> Single | None:
         """The kind that does best alone, None if none holds the longest length; `static` is kept up to date."""
         found = best_single(layout.kinds, self.batches, self.longest, self.late)
         if found is not None and (self.static is None or found.mean_s < self.static.mean_step_s):
             self.static = StaticPlan(shape=layout.shape, group=found.group, mean_step_s=found.mean_s)
-        return found.group if found is not None else None
+        return found
 
 
 # ---- buckets

@@ -26,11 +26,13 @@ from planner.branching import Guide, Tree
 from planner.costmodel.sequences import Menu
 from planner.packing import best_packed, packed
 from planner.placing import BestFit, Placed, Way
+from planner.rounding import filled, whole_groups
 
 _GROWTH = (1.05, 1.12, 1.2, 1.4, 1.8, 3.0, 7.0, 28.0)  # of the bound, until a first target is met
 _FIRST_STEPS, _LEADS = 7, (1.0, 1.5, 3.0)  # micro-steps from the fewest on, and how much longer the first lasts
 _LONGER = (0.004, 0.01, 0.02, 0.035, 0.06, 0.1, 0.17, 0.28, 0.45)  # than relaxed, targets
 _LONGER_FIRST, _TRIES = (0.02, 0.05, 0.1, 0.25, 0.6), 2  # of a new guide, and targets of all after each relaxation
+_LONGER_WHOLE, _KINDS_WHOLE = (0.004, 0.012, 0.025, 0.05), 12
 _RULE_GAP_FRAC = 0.002  # of its bound, where a rule of somebody else's stops
 _RELAXATIONS = 64  # at most
 _SINGLE_FRAC = 0.3  # of the time, at most, for groups of a single kind
@@ -105,18 +107,22 @@ def dispatch(
     gap_frac: float = 0.01,
     time_limit_s: float = 0.5,
     static_kind: int | None = None,
+    start: Placed | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Dispatch:
     """The best dispatch found: stops at `gap_frac` of the bound or at `time_limit_s`, whichever is first.
 
-    `static_kind`: looked at first, so that the answer is not slower than the static plan however short the time.
+    `static_kind`: looked at first, so that the answer is not slower than the static plan however short the time;
+    `start`: a placement that is known instead.
     ValueError, DoesNotFit: see `checked`.
     """
     checked(menu, lengths)
     start_s = clock()
     table = table_of(menu, lengths)
     single_s, end_s = start_s + _SINGLE_FRAC * time_limit_s, start_s + time_limit_s
-    best = best_packed(menu, table, lambda: clock() > single_s, static_kind)
+    if start is None and static_kind is not None:
+        start = packed(menu, table, static_kind)
+    best = best_packed(menu, table, lambda: clock() > single_s, start)
     method = "one kind"
     found, bound = _shorten(menu, table, best, gap_frac, lambda: clock() > end_s)
     if found is not best:
@@ -178,6 +184,7 @@ def _shorten(
         guide = tree.expand(best.time_s) if next(relaxations, None) is not None else None
         if guide is not None:
             best = _quickly(fit, guide, best, late)
+            best = _in_whole_groups(fit, tree, guide, best, late)
             target = guide.time_s * (1 + _LONGER[0])
             heapq.heappush(tries, _Try(target_s=target, number=next(tree.number), guide=guide))
         for _ in range(_TRIES):
@@ -200,6 +207,21 @@ def _quickly(fit: BestFit, guide: Guide, best: Placed, late: Callable[[], bool])
             found = fit.place(limits, Way(kinds=kinds, patience=np.inf), late)
             if found is not None:
                 return found if found.time_s < best.time_s else best
+    return best
+
+
+def _in_whole_groups(fit: BestFit, tree: Tree, guide: Guide, best: Placed, late: Callable[[], bool]) -> Placed:
+    """What the guide's groups in whole numbers make, in the shortest micro-steps that have such groups."""
+    least_s = max(guide.time_s, guide.relaxed.bound_s, tree.bound_s)
+    for longer in _LONGER_WHOLE:
+        target = least_s * (1 + longer)
+        if target >= best.time_s or late():
+            break
+        limits = tuple(last * target / guide.time_s for last in guide.lasts_s)
+        whole = whole_groups(fit.menu, fit.table, tree.points, limits, guide.relaxed.kinds[:_KINDS_WHOLE])
+        if whole is not None:
+            found = filled(fit, tree.points, whole, late)
+            return found if found is not None and found.time_s < best.time_s else best
     return best
 
 

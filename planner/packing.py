@@ -56,13 +56,12 @@ def single_bounds_s(menu: Menu, table: Table) -> Array:
 
 
 def best_packed(
-    menu: Menu, table: Table, late: Callable[[], bool] = lambda: False, first: int | None = None
+    menu: Menu, table: Table, late: Callable[[], bool] = lambda: False, best: Placed | None = None
 ) -> Placed | None:
-    """The shortest packing over one kind; `first` is looked at in any case. None if no kind holds every sequence.
+    """The shortest packing over one kind, or `best` if none is shorter. None if no kind holds every sequence.
 
     Kinds are packed in the order of their bounds, until that is above the best; once there is one, until it is late.
     """
-    best = None if first is None else packed(menu, table, first)
     bounds = single_bounds_s(menu, table)
     for kind in np.argsort(bounds, kind="stable").tolist():
         if not np.isfinite(bounds[kind]) or (best is not None and (bounds[kind] >= best.time_s or late())):

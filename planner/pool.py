@@ -15,6 +15,7 @@ from planner.batch_bounds import pipeline_s
 from planner.costmodel.keys import Array
 from planner.costmodel.sequences import GroupCost, Menu
 from planner.packing import packed, single_bounds_s
+from planner.placing import Placed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +69,26 @@ def static_bounds_s(kinds: Menu, batches: tuple[IntArray, ...]) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Single:
-    """A kind of group that alone takes every batch, and the seconds of each."""
+    """A kind of group that alone takes every batch, how, and the seconds of each."""
 
     group: GroupCost
+    placed: tuple[Placed, ...]
     step_s: tuple[float, ...]
 
     @property
     def mean_s(self) -> float:
         """Mean over the batches."""
         return float(np.mean(self.step_s))
+
+    def joined(self, menu: Menu) -> tuple[Menu, tuple[Placed, ...]]:
+        """The menu with the kind as its last, and the placements under it."""
+        groups = (*(group for group in menu.groups if group is not self.group), self.group)
+        kind = len(groups) - 1
+        steps = (
+            tuple(tuple(replace(group, kind=kind) for group in step) for step in placed.steps) for placed in self.placed
+        )
+        placed = tuple(replace(old, steps=new) for old, new in zip(self.placed, steps, strict=True))
+        return replace(menu, groups=groups), placed
 
 
 def best_single(
@@ -97,7 +109,7 @@ def best_single(
         if group.capacity_tokens < longest:
             continue
         own = replace(kinds, groups=(group,))
-        placed = (packed(own, table_of(own, batch), 0) for batch in batches)
-        found = Single(group=group, step_s=tuple(p.time_s + kinds.step_s for p in placed if p is not None))
+        placed = tuple(p for batch in batches if (p := packed(own, table_of(own, batch), 0)) is not None)
+        found = Single(group=group, placed=placed, step_s=tuple(p.time_s + kinds.step_s for p in placed))
         best = found if best is None or found.mean_s < best.mean_s else best
     return best

@@ -39,6 +39,8 @@ from planner.costmodel.sequences import Menu
 
 _SLACK = 1 + 1e-9
 _NONE = 1e-6  # groups, ranks
+# Primal simplex without presolve: on these programs twice as fast as the defaults.
+_SIMPLEX = {"presolve": "off", "simplex_strategy": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class _Family:
     lasting_P: Array
 
 
-def _families(
+def families(
     menu: Menu, points: Points, table: Table, kinds: IntArray, high_P: Array, fits_DP: NDArray[np.bool_]
 ) -> Iterator[_Family]:
     """Rows of time, of room, and of whole sequences."""
@@ -148,7 +150,7 @@ def _program(
     if not fits.any(axis=1).all():
         return None
     return _Program(
-        families=list(_families(menu, points, table, kinds, high[span], fits)), points=points, fits_DP=fits,
+        families=list(families(menu, points, table, kinds, high[span], fits)), points=points, fits_DP=fits,
         fits_CP=fits[points.first_C], kind_P=kinds, ranks_P=table.ranks_K[kinds], span_P=span, low_S=low, high_S=high,
         count_S=count, num_ranks=float(menu.num_ranks), upper_s=upper_s, counts=counts,
     )  # fmt: skip
@@ -292,18 +294,31 @@ def _run(p: _Program) -> Any | None:
         below[row], above[row] = count.least, count.most
     lp.col_cost_, lp.col_lower_, lp.col_upper_ = cost, least, np.full(num_columns, np.inf)
     lp.row_lower_, lp.row_upper_ = below, above
+    return solved(lp, (rows[order], columns[order], values[order]), _SIMPLEX)
+
+
+def solved(lp: Any, entries: tuple[NDArray[Any], ...], options: dict[str, Any]) -> Any | None:
+    """The solver with a solution of `lp`, or None if it does not say that it has one.
+
+    `entries`: (rows, columns, values) of the non-zeros, by column.
+    """
+    import highspy
+
+    untyped: Any = highspy
+    rows, columns, values = entries
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
-    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=num_columns))])
-    lp.a_matrix_.index_, lp.a_matrix_.value_ = rows[order], values[order]
+    lp.a_matrix_.start_ = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=lp.num_col_))])
+    lp.a_matrix_.index_, lp.a_matrix_.value_ = rows, values
     with _mute():  # silent() leaves a greeting
         solver = untyped.Highs()
         solver.silent()
-        # Primal simplex without presolve: on these programs twice as fast as the defaults.
-        for option, value in (("threads", 1), ("presolve", "off"), ("simplex_strategy", 4)):
+        for option, value in {"threads": 1, **options}.items():
             solver.setOptionValue(option, value)
         solver.passModel(lp)
         solver.run()
-    return solver if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal else None
+    feasible = solver.getInfo().primal_solution_status == 2
+    stopped = lp.integrality_ and feasible  # whole numbers are good whether or not they are proved to be the best
+    return solver if solver.getModelStatus() == highspy.HighsModelStatus.kOptimal or stopped else None
 
 
 def _prices(p: _Program, solver: Any) -> _Prices:

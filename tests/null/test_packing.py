@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from test_dispatch import flexsp_menu, toy_menu
 
-from planner.batch import table_of
+from planner.batch import points_of, table_of
 from planner.batch_bounds import bound_s
 from planner.costmodel.sequences import Menu
 from planner.dispatch import dispatch, static_dispatch
 from planner.distributions import named
 from planner.packing import packed
+from planner.placing import BestFit
 from planner.pool import Pool, best_single, first_bound_s, static_bounds_s
+from planner.rounding import Filling, whole_groups
 
 STUDY = Path(__file__).parents[2] / "reports" / "seqlen_study.json"
 
@@ -98,3 +100,32 @@ def test_the_study_was_never_slower_than_a_single_kind_on_any_batch() -> None:
             for system in ("best static", "ulysses static"):
                 own, static = row["step_s"]["adaptive"], row["step_s"][system]
                 assert static is None or all(a <= s * (1 + 1e-9) for a, s in zip(own, static, strict=True))
+
+
+@pytest.mark.parametrize(("lockstep", "steps"), [(True, 1), (True, 2), (False, 1)])
+def test_whole_groups_hold_every_sequence_once_in_the_ranks_there_are(lockstep: bool, steps: int) -> None:
+    menu, better = replace(flexsp_menu(16), lockstep=lockstep), 0
+    for seed in range(4):
+        table = table_of(menu, named("wikipedia").cut(16_384).sample(50 * steps, seed))
+        points, kinds = points_of(table), tuple(range(len(menu.groups)))
+        targets = [bound_s(menu, table) / steps * factor for factor in (1.05, 1.3, 2.0)]
+        found = [whole_groups(menu, table, points, (target,) * steps, kinds) for target in targets]
+        whole = next(w for w in found if w is not None)
+        assert whole.share_CP.sum() == pytest.approx(len(table.tokens_N))
+        filling = Filling(BestFit(menu, table), whole)
+        assert filling.fill(points)
+        before = filling.over_G.max()
+        filling.level(lambda: False)
+        assert filling.over_G.max() <= before
+        better += filling.over_G.max() < before
+        placed = filling.placed()
+        held = sorted(i for step in placed.steps for group in step for part in group.parts for i in part)
+        assert held == list(range(len(table.tokens_N)))
+        last = whole.limits_s[0] + max(filling.over_G.max(), 0.0)
+        assert not lockstep or placed.time_s <= steps * last * (1 + 1e-9)
+        for step in placed.steps:
+            assert sum(menu.groups[group.kind].ranks for group in step) <= menu.num_ranks
+            for group in step:
+                room = menu.groups[group.kind].capacity_tokens
+                assert all(table.tokens_N[list(part)].sum() <= room for part in group.parts)
+    assert better or lockstep
