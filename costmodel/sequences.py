@@ -5,7 +5,9 @@ attention is linear in tokens (its slope and intercept are those of the cost mod
 expected tokens per rank), attention is priced at every length on its own, so the sum carries both sum s and sum s^2
 (SYSTEMS.md 3.3). Ulysses and ring communication cross the tiers that the group spans, none at degree 1; ring
 transfers and activation swaps hide behind the compute of their own sequence only (MODELLED, on the safe side).
-Memory is linear in the tokens of a group; every layer of a stage has the same strategy.
+Memory is linear in the tokens of a group; every layer of a stage has the same strategy. With ep an expert group is
+`ep` neighbouring data ranks, of whatever groups: rows are priced where they come from, as if every rank had as many
+(balanced routing evens experts' work out over the ranks; that groups wait for each other at an exchange is not in).
 
 Legend: U group shapes, S strategies, G lengths of the grid, P pipeline ranks, C layer classes.
 """
@@ -33,19 +35,21 @@ class DataShape:
     """The run's model-state layout: everything of a plan that does not follow the sequences.
 
     All data ranks share ZeRO shards; `zero_stage` 0 replicates. 1F1B, the same number of layers on every stage.
+    `ep`: of the data ranks.
     """
 
     tp: int = 1
     sequence_parallel: bool = False
     vocab_parallel: bool = False
     pp: int = 1
+    ep: int = 1
     zero_stage: int = 0
     offload_optimizer: bool = False
 
     @property
     def lockstep(self) -> bool:
-        """Whether a collective over all data ranks in every micro-batch keeps groups in step."""
-        return self.zero_stage >= 2
+        """Whether collectives over ranks of several groups in every micro-batch keep groups in step."""
+        return self.zero_stage >= 2 or self.ep > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +92,11 @@ class Menu:
     lockstep: bool
     pp: int
     step_s: float
+
+    @property
+    def longest_counts(self) -> int:
+        """How often the longest micro-step counts: in lockstep, micro-steps go through one pipeline of all ranks."""
+        return self.pp if self.lockstep else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +167,18 @@ def menu(
     return Menu(groups=tuple(groups), num_ranks=ranks, lockstep=shape.lockstep, pp=shape.pp, step_s=step_s)
 
 
+def exchanging_alike(found: Menu, ep: int) -> tuple[Menu, ...]:
+    """With ep, the menu in two: groups whose backward runs forward and its exchanges of rows again, and the others.
+
+    Ranks of an expert group may be in different groups, and must exchange equally often.
+    """
+    if ep == 1:
+        return (found,)
+    again = tuple(group for group in found.groups if group.strategy.recompute == "full")
+    once = tuple(group for group in found.groups if group.strategy.recompute != "full")
+    return replace(found, groups=once), replace(found, groups=again)
+
+
 def without_dominated(found: Menu, spare_frac: float) -> Menu:
     """The menu less the kinds that another of as many ranks with as much room beats at every length.
 
@@ -202,7 +223,7 @@ def _keys(shape: DataShape, degrees: tuple[tuple[int, int], ...], batch: Array) 
     ulysses, ring = (np.tile([float(d[i]) for d in degrees], times) for i in range(2))
     one = np.ones_like(batch)
     return Keys(
-        tp=shape.tp * one, sp=float(shape.sequence_parallel) * one, ulysses=ulysses, ring=ring, ep=one,
+        tp=shape.tp * one, sp=float(shape.sequence_parallel) * one, ulysses=ulysses, ring=ring, ep=shape.ep * one,
         micro_batch_size=batch, vocab_parallel=float(shape.vocab_parallel) * one,
     )  # fmt: skip
 
@@ -219,7 +240,7 @@ def _linear(
     ranks = machine.num_gpus // (shape.tp * shape.pp)
     sharded = shape.zero_stage > 0
     layout = StateLayout(
-        tp=shape.tp * one, cp=one, ep=one, dp_replicate=(1 if sharded else ranks) * one,
+        tp=shape.tp * one, cp=one, ep=shape.ep * one, dp_replicate=(1 if sharded else ranks) * one,
         dp_shard=(ranks if sharded else 1) * one, zero=shape.zero_stage * one,
         offload_optimizer=float(shape.offload_optimizer) * one,
     )  # fmt: skip

@@ -67,7 +67,9 @@ def steps_bound_s(menu: Menu, table: Table, points: Points, steps: int, *, at_le
                 most = max(most, work / menu.num_ranks + fixed * (steps - m * (steps - 1)))
         return most
 
-    return _least(needed, float(alone_DK.min(axis=1).max()))
+    total = _least(needed, float(alone_DK.min(axis=1).max()))
+    longest = float((points.seconds_DK + table.fixed_K).min(axis=1).max())
+    return total + (menu.longest_counts - 1) * (longest if at_least else max(longest, total / steps))
 
 
 def _work(points: Points, cost_DK: Array) -> float:

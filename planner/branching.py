@@ -40,15 +40,19 @@ class _Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guide:
-    """A relaxed dispatch of `steps` micro-steps: seconds of each, and which kinds it uses."""
+    """A relaxed dispatch of `steps` micro-steps: seconds of each, the longest first, and which kinds it uses.
+
+    `counts`: how often the longest counts.
+    """
 
     lasts_s: tuple[float, ...]
+    counts: int
     relaxed: Relaxed
 
     @property
     def time_s(self) -> float:
         """Seconds of all micro-steps."""
-        return sum(self.lasts_s)
+        return sum(self.lasts_s) + (self.counts - 1) * max(self.lasts_s)
 
 
 class Tree:
@@ -120,14 +124,14 @@ class Tree:
 
     def _relaxed(self, node: _Node, upper_s: float) -> Guide | None:
         """Relax; the node's parts are open or closed again. None if it has no dispatch shorter than `upper_s`."""
-        others = node.steps - 1
-        low = max(node.low_s, node.bound_s / node.steps)
-        high = min(node.high_s, upper_s - others * self.fixed_s)
+        others, counts = node.steps - 1, self.menu.longest_counts
+        low = max(node.low_s, node.bound_s / (others + counts))
+        high = min(node.high_s, (upper_s - others * self.fixed_s) / counts)
         if high < low:
             return None
-        spans = [Span(low_s=low, high_s=high, count=1)]
+        spans = [Span(low_s=low, high_s=high, count=1, weight=counts)]
         if others:
-            rest = min(high, upper_s - low - (others - 1) * self.fixed_s)
+            rest = min(high, upper_s - counts * low - (others - 1) * self.fixed_s)
             spans.append(Span(low_s=min(self.fixed_s, rest), high_s=rest, count=others))
         relaxed = relax(self.menu, self.table, self.points, tuple(spans), upper_s, node.counts)
         if relaxed is None:
@@ -142,7 +146,7 @@ class Tree:
             self._push(bound, node.steps, cut, high, counts=node.counts)
         elif bound >= upper_s or not self._counted(replace(node, bound_s=bound, low_s=low, high_s=high), relaxed):
             self._closed[replace(node, bound_s=bound, low_s=low, high_s=high)] = upper_s
-        return Guide(lasts_s=(first, *(relaxed.last_s[1:] * others)), relaxed=relaxed)
+        return Guide(lasts_s=(first, *(relaxed.last_s[1:] * others)), counts=counts, relaxed=relaxed)
 
     def _counted(self, node: _Node, relaxed: Relaxed) -> bool:
         """Branch on how many groups are so wide or wider, for the widest where that is no whole number."""

@@ -3,8 +3,9 @@
 Pure. A step is one or more micro-steps; a micro-step cuts the data ranks into groups, each of a kind of the menu
 (ulysses x ring, strategy), and every group works through its own micro-batches of packed sequences. Under lockstep
 (ZeRO-2/3 collectives in every micro-batch) a group has one micro-batch in a micro-step and the step is the sum of
-the slowest groups; otherwise there is one micro-step, groups run their micro-batches on their own, and with pp > 1
-a group is a pipeline: sum t_j + (pp - 1) max t_j of its micro-batches (flow shop with equal stages).
+the slowest groups; otherwise there is one micro-step, groups run their micro-batches on their own. With pp > 1 a group,
+in lockstep all of them together, is a pipeline: sum t_j + (pp - 1) max t_j of its micro-batches (flow shop with equal
+stages), which 1F1B does not exceed when they go longest first, as they do here.
 
 Lengths are never rounded. The answer carries a proved lower bound on every dispatch of the menu (branching.py)
 and starts from the best single kind (packing.py), so it is not slower than the static plan. Equal inputs, equal answer,
@@ -265,7 +266,7 @@ def _first_placed(fit: BestFit, bound_s: float) -> Placed | None:
         shapes = [(n, lead) for n in steps for lead in (_LEADS if n > 1 else _LEADS[:1])]
     for growth in _GROWTH:
         for n, lead in shapes:
-            last = bound_s * growth / (n - 1 + lead)
+            last = bound_s * growth / (n - 1 + lead * fit.menu.longest_counts)
             for kinds in families:
                 placed = fit.place((last * lead, *([last] * (n - 1))), Way(kinds=kinds, patience=np.inf))
                 if placed is not None:

@@ -1,8 +1,8 @@
 """State layouts that a run over a length distribution may have: what their groups cost, and what bounds them at once.
 
-Declared space: tp x pp x ZeRO stage (1F1B, as many layers on every stage; sequence and vocabulary parallel with tp
-wherever they divide; states sharded over all data ranks), degrees that are powers of two, the same strategy for all
-layers of a group.
+Declared space: tp x pp x ep x ZeRO stage (1F1B, as many layers on every stage; sequence and vocabulary parallel with
+tp wherever they divide; states sharded over all data ranks), degrees that are powers of two, the same strategy for all
+layers of a group, with ep full recomputation in all groups or in none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from planner.costmodel.estimate import model_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Machine
 from planner.costmodel.sequence_attention import AttentionPrices
-from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, menu, without_dominated
+from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, exchanging_alike, menu, without_dominated
 from planner.lengths import Lengths
 from planner.pool import Pool, first_bound_s
 from planner.space import Limits, enumerate_cells, strategy_uses
@@ -83,19 +83,23 @@ def priced(
     while left and not (found and late()):
         shape, degrees = left.pop(0)
         full = menu(graph, facts, machine, shape, degrees, longest, tokens, usable, prices)
-        kinds = without_dominated(_allowed(full, limits), SPARE_FRAC)
-        room = max((g.capacity_tokens for g in kinds.groups), default=0.0)
-        held = max(held, room)
-        if room < longest:
-            continue
-        small = core(kinds, lengths.mean_tokens)
-        if max(g.capacity_tokens for g in small.groups) < longest:
-            small = kinds
-        bound = first_bound_s(kinds, pool) / (1 + SPARE_FRAC) + kinds.step_s
-        found.append(Layout(shape=shape, menu=small, kinds=kinds, lower_bound_s=bound))
+        for alike in exchanging_alike(full, shape.ep):
+            kinds = without_dominated(_allowed(alike, limits), SPARE_FRAC)
+            room = max((g.capacity_tokens for g in kinds.groups), default=0.0)
+            held = max(held, room)
+            if room >= longest:
+                found.append(_layout(shape, kinds, lengths.mean_tokens, longest, pool))
     if not found:
         raise NothingHolds(int(held))
     return sorted(found, key=lambda layout: layout.lower_bound_s), len(left)
+
+
+def _layout(shape: DataShape, kinds: Menu, typical: float, longest: int, pool: Pool) -> Layout:
+    small = core(kinds, typical)
+    if max(g.capacity_tokens for g in small.groups) < longest:
+        small = kinds
+    bound = first_bound_s(kinds, pool) / (1 + SPARE_FRAC) + kinds.step_s
+    return Layout(shape=shape, menu=small, kinds=kinds, lower_bound_s=bound)
 
 
 def _allowed(found: Menu, limits: Limits) -> Menu:
@@ -115,19 +119,19 @@ def shapes_of(
     graph: ModelGraph, num_gpus: int, limits: Limits
 ) -> list[tuple[DataShape, tuple[tuple[int, int], ...]]]:  # fmt: skip
     """(state layout, (ulysses, ring) of its groups) of the declared space under `limits`."""
-    own: dict[str, int | str] = {"micro_batch_size": 1, "vpp": 1, "schedule": "1f1b", "ep": 1}
+    own: dict[str, int | str] = {"micro_batch_size": 1, "vpp": 1, "schedule": "1f1b"}
     cells = enumerate_cells(
         graph, num_gpus, num_gpus, Limits(fixed={**limits.fixed, **own}, forbidden=limits.forbidden)
     )
-    groups: dict[tuple[int, int, int, int], set[tuple[int, int]]] = {}
-    columns = (cells.tp, cells.sp, cells.vocab_parallel, cells.pp, cells.ulysses, cells.ring)
-    for tp, sp, vocab, pp, ulysses, ring in zip(*(c.tolist() for c in columns), strict=True):
+    groups: dict[tuple[int, int, int, int, int], set[tuple[int, int]]] = {}
+    columns = (cells.tp, cells.sp, cells.vocab_parallel, cells.pp, cells.ep, cells.ulysses, cells.ring)
+    for tp, sp, vocab, pp, ep, ulysses, ring in zip(*(c.tolist() for c in columns), strict=True):
         degree = ulysses * ring
-        if graph.num_layers % pp == 0 and degree & (degree - 1) == 0:
-            groups.setdefault((tp, pp, sp, vocab), set()).add((ulysses, ring))
-    widest = {key[:2]: max(k[2:] for k in groups if k[:2] == key[:2]) for key in groups}
+        if graph.num_layers % pp == 0 and degree & (degree - 1) == 0 and ep & (ep - 1) == 0:
+            groups.setdefault((tp, pp, ep, sp, vocab), set()).add((ulysses, ring))
+    widest = {key[:2]: max(k[3:] for k in groups if k[:2] == key[:2]) for key in groups}
     found = []
-    for (tp, pp, sp, vocab), pairs in sorted(groups.items()):
+    for (tp, pp, ep, sp, vocab), pairs in sorted(groups.items()):
         if widest[tp, pp] != (sp, vocab):
             continue
         for zero in (0, 1, 3):
@@ -135,7 +139,7 @@ def shapes_of(
             if (zero > 0) != sharded or zero not in limits.zero_stages or not limits.allows("zero", zero):
                 continue
             shape = DataShape(
-                tp=tp, sequence_parallel=bool(sp), vocab_parallel=bool(vocab), pp=pp, zero_stage=zero,
+                tp=tp, sequence_parallel=bool(sp), vocab_parallel=bool(vocab), pp=pp, ep=ep, zero_stage=zero,
                 offload_optimizer=limits.fixed.get("offload_optimizer", 0) == 1,
             )  # fmt: skip
             found.append((shape, tuple(sorted(pairs))))

@@ -42,13 +42,15 @@ def dispatching_of(plan: Plan, num_gpus: int | None = None) -> Dispatching:
     if gpus % (spec.tp * spec.pp):
         raise PlanFileError(f"{gpus} ranks are no multiple of tp {spec.tp} x pp {spec.pp}")
     ranks = gpus // (spec.tp * spec.pp)
+    if ranks % spec.ep:
+        raise PlanFileError(f"{ranks} data ranks are no multiple of ep {spec.ep}")
     try:
         machine = machine_for(inputs.graph, inputs.cluster, inputs.engine, gpus)
     except ValueError as error:
         raise PlanFileError(str(error)) from None
     shape = DataShape(
         tp=spec.tp, sequence_parallel=spec.sequence_parallel, vocab_parallel=spec.vocab_parallel, pp=spec.pp,
-        zero_stage=spec.zero_stage, offload_optimizer=spec.offload_optimizer,
+        ep=spec.ep, zero_stage=spec.zero_stage, offload_optimizer=spec.offload_optimizer,
     )  # fmt: skip
     named = {
         (k.ulysses, k.ring, LayerStrategy(recompute=k.recompute, offload_activations=k.offload_activations))

@@ -17,13 +17,15 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 
 import numpy as np
 
 from planner.batch import Table
+from planner.batch_bounds import pipeline_s
 from planner.costmodel.keys import Array
 from planner.costmodel.sequences import Menu
-from planner.placing import Placed, fill, placed_group
+from planner.placing import Placed, fill, part_counts, placed, placed_group
 
 _MORE_STEPS = 3  # than the fewest in which the batch is packed
 _LONGER = (0.0, 0.01, 0.03, 0.08)  # than a micro-step's share
@@ -31,18 +33,22 @@ _LONGER = (0.0, 0.01, 0.03, 0.08)  # than a micro-step's share
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Items:
-    """Sequences, longest first: seconds in the kind, tokens; `num_groups` side by side, each with `room` tokens."""
+    """Sequences, longest first: seconds in the kind, tokens; `num_groups` side by side, each with `room` tokens.
+
+    `longest_counts`: of micro-steps (Menu.longest_counts).
+    """
 
     seconds: list[float]
     tokens: list[int]
     num_groups: int
     room: float
     fixed_s: float
+    longest_counts: int
 
     def least_s(self, steps: int) -> float:
         """What so many micro-steps cannot beat."""
-        work = max(sum(self.seconds) / self.num_groups, self.seconds[0])
-        return work + steps * self.fixed_s
+        total = max(sum(self.seconds) / self.num_groups, self.seconds[0]) + steps * self.fixed_s
+        return total + (self.longest_counts - 1) * max(self.seconds[0] + self.fixed_s, total / steps)
 
 
 def single_bounds_s(menu: Menu, table: Table) -> Array:
@@ -52,7 +58,13 @@ def single_bounds_s(menu: Menu, table: Table) -> Array:
     filled = float(table.tokens_N.sum()) / (table.room_K * side)
     steps = np.maximum(1.0, np.ceil(filled - 1e-9)) if menu.lockstep else 1.0
     waits = steps if menu.lockstep else filled
-    return np.asarray(np.maximum(work + table.fixed_K * waits, longest + table.fixed_K * steps))
+    total = np.maximum(work + table.fixed_K * waits, longest + table.fixed_K * steps)
+    if menu.pp == 1:
+        return np.asarray(total)
+    tail = longest + table.fixed_K  # without lockstep that of the group with the longest, which may not be the busiest
+    total = total + (menu.pp - 1) * tail if menu.lockstep else np.maximum(total, menu.pp * tail)
+    piped = [pipeline_s(w, f, menu.pp) for w, f in zip(work.tolist(), table.fixed_K.tolist(), strict=True)]
+    return np.asarray(np.maximum(total, piped))
 
 
 def best_packed(
@@ -82,20 +94,26 @@ def packed(menu: Menu, table: Table, kind: int) -> Placed | None:
     if not menu.lockstep:
         own = own + fixed * table.tokens_N / room  # micro-batches cost by how much of them is taken
     items = _Items(
-        seconds=own.tolist(), tokens=table.tokens_N.tolist(), num_groups=groups, room=room, fixed_s=fixed
+        seconds=own.tolist(), tokens=table.tokens_N.tolist(), num_groups=groups, room=room, fixed_s=fixed,
+        longest_counts=menu.longest_counts,
     )  # fmt: skip
     if not menu.lockstep:
         parts = _lpt(items, groups, math.inf)
         assert parts is not None
         return _placed(menu, table, kind, [parts])
     best: Placed | None = None
-    steps = max(1, math.ceil(sum(items.tokens) / (groups * room) - 1e-9))
-    last = steps + _MORE_STEPS
-    while best is None or (steps <= last and items.least_s(steps) < best.time_s):
+    fewest = max(1, math.ceil(sum(items.tokens) / (groups * room) - 1e-9))
+    tries = range(fewest, fewest + _MORE_STEPS + 1)
+    if menu.pp > 1:  # more micro-steps shorten the tail
+        tries = part_counts(fewest, len(items.tokens), menu.pp)
+    for steps in chain(tries, count(tries[-1] + 1)):
+        if best is not None and steps > tries[-1]:
+            break
+        if best is not None and items.least_s(steps) >= best.time_s:
+            continue
         for found in _in_steps(items, steps):
-            placed = _placed(menu, table, kind, found)
-            best = placed if best is None or placed.time_s < best.time_s else best
-        steps += 1
+            new = _placed(menu, table, kind, found)
+            best = new if best is None or new.time_s < best.time_s else best
     return best
 
 
@@ -160,5 +178,4 @@ def _best_fit(items: _Items, count: int) -> list[list[int]] | None:
 
 
 def _placed(menu: Menu, table: Table, kind: int, steps: list[list[list[int]]]) -> Placed:
-    rows = tuple(tuple(placed_group(menu, table, kind, part) for part in step if part) for step in steps)
-    return Placed(steps=rows, time_s=sum(max(group.time_s for group in row) for row in rows))
+    return placed(menu, ((placed_group(menu, table, kind, part) for part in step if part) for step in steps))

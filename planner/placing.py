@@ -36,7 +36,7 @@ class PlacedGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """Groups of every micro-step, and the sum of the slowest."""
+    """Groups of every micro-step, and the sum of the slowest, the longest `Menu.longest_counts` times."""
 
     steps: tuple[tuple[PlacedGroup, ...], ...]
     time_s: float
@@ -169,7 +169,8 @@ class BestFit:
         table, columns = self.table, np.array(kinds)
         seconds, fixed = table.seconds_NK[:, columns], table.fixed_K[columns]
         # The first sequence of a group is its longest, so its last micro-batch leaves the pipeline no sooner than this.
-        opening = fixed + (self.menu.pp - 1) * np.where(np.isfinite(seconds), seconds + fixed, 0.0)
+        later = 0 if self.menu.lockstep else self.menu.pp - 1
+        opening = fixed + later * np.where(np.isfinite(seconds), seconds + fixed, 0.0)
         opening, seconds = opening[self.first_I], np.add.reduceat(seconds, self.first_I, axis=0)
         device = seconds
         if not self.menu.lockstep:  # a micro-batch costs by how much of it is taken
@@ -228,8 +229,16 @@ class BestFit:
             if held:
                 sequences = [i for item in held for i in range(int(self.first_I[item]), int(ends[item]))]
                 rows[step].append(placed_group(self.menu, self.table, kind, sequences))
-        used = tuple(tuple(row) for row in rows if row)
-        return Placed(steps=used, time_s=sum(max(group.time_s for group in row) for row in used))
+        return placed(self.menu, rows)
+
+
+def placed(menu: Menu, rows: Iterable[Iterable[PlacedGroup]]) -> Placed:
+    """The groups of every micro-step, less the empty ones, in the order that the price of a pipeline assumes."""
+    steps = [groups for row in rows if (groups := tuple(row))]
+    lasts = [max(group.time_s for group in groups) for groups in steps]
+    if menu.longest_counts > 1:  # longest first 1F1B takes no longer than is priced
+        steps = [steps[i] for i in sorted(range(len(steps)), key=lambda i: -lasts[i])]
+    return Placed(steps=tuple(steps), time_s=sum(lasts) + (menu.longest_counts - 1) * max(lasts))
 
 
 def _bundles(menu: Menu, table: Table) -> IntArray:
@@ -257,14 +266,15 @@ def placed_group(menu: Menu, table: Table, kind: int, held: list[int]) -> Placed
         return PlacedGroup(kind=kind, parts=tuple(tuple(held[i] for i in part) for part in parts), time_s=time_s)
     fewest = max(1, math.ceil(float(tokens.sum()) / room - 1e-9))
     best: PlacedGroup | None = None
-    for count in _part_counts(fewest, len(held), menu.pp):
+    for count in part_counts(fewest, len(held), menu.pp):
         packed = _pack(own.tolist(), tokens.tolist(), room, count)
         if packed is None:
             continue
         times = [fixed + sum(float(own[i]) for i in part) for part in packed]
         time_s = sum(times) + (menu.pp - 1) * max(times)
         if best is None or time_s < best.time_s:
-            best = PlacedGroup(kind=kind, parts=tuple(tuple(held[i] for i in part) for part in packed), time_s=time_s)
+            longest_first = (packed[j] for j in sorted(range(len(packed)), key=lambda j: -times[j]))  # noqa: B023
+            best = PlacedGroup(kind=kind, parts=tuple(tuple(held[i] for i in p) for p in longest_first), time_s=time_s)
     assert best is not None  # one sequence a micro-batch always fits
     return best
 
@@ -284,7 +294,7 @@ def _fewest_parts(tokens: list[int], room: float) -> list[list[int]]:
     return parts
 
 
-def _part_counts(fewest: int, most: int, pp: int) -> list[int]:
+def part_counts(fewest: int, most: int, pp: int) -> list[int]:
     """Numbers of micro-batches to try in a pipeline: from the fewest on, and in the end one per sequence."""
     tries = [fewest, fewest + 1, fewest + 2, *(math.ceil(fewest * f) for f in (1.5, 2, 3, 4, 6, 8, 12, 16))]
     tries += [pp, 2 * pp, 4 * pp, 8 * pp]

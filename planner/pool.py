@@ -53,7 +53,8 @@ def first_bound_s(kinds: Menu, pool: Pool) -> float:
     work_B = pool.count_BD @ (seconds * ranks).min(axis=1) / kinds.num_ranks
     if kinds.lockstep:
         steps_B = pool.steps_B(kinds, float((room / ranks).max()))
-        alone_B, spread_B = alone_B + (steps_B - 1) * least, work_B + steps_B * least
+        tail_B = (kinds.longest_counts - 1) * alone_B
+        alone_B, spread_B = alone_B + (steps_B - 1) * least + tail_B, work_B + steps_B * least + tail_B
     else:
         full = (seconds + fixed * (pool.tokens_D[:, None] / room)) * ranks
         piped_B = np.array([pipeline_s(float(work), least, kinds.pp) for work in work_B])

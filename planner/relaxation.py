@@ -10,7 +10,7 @@ seconds f, s seconds and the share v of a group's room that i takes) and a span 
     sum_i u(v) x <= n, sum_i u(s / (high - f)) x <= n    u(z) = 1 if z > 1/2, else 0: whole sequences
     low n <= w <= high n,  sum_k r n <= N count,  sum_k r (w - low n) <= N (T_t - count low)
     least <= sum_kt n <= most              of groups with so many ranks or more, where branching says so
-    minimise sum_t T_t                     T_t: seconds of the span, at least count low
+    minimise sum_t weight_t T_t            T_t: seconds of the span, at least count low
 
 A dispatch whose micro-steps lie in the spans is a solution with x 0 or 1 and w = n T, so no such dispatch is shorter
 than the least sum; no group holds two sequences of more than half of it, although x divides them. The program is
@@ -45,11 +45,12 @@ _SIMPLEX = {"presolve": "off", "simplex_strategy": 4}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """`count` micro-steps of at least `low_s` and at most `high_s` seconds."""
+    """`count` micro-steps of at least `low_s` and at most `high_s` seconds, of which each counts `weight` times."""
 
     low_s: float
     high_s: float
     count: int
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,8 @@ def _program(
     return _Program(
         families=list(families(menu, points, table, kinds, high[span], fits)), points=points, fits_DP=fits,
         fits_CP=fits[points.first_C], kind_P=kinds, ranks_P=table.ranks_K[kinds], span_P=span, low_S=low, high_S=high,
-        count_S=count, num_ranks=float(menu.num_ranks), upper_s=upper_s, counts=counts,
+        count_S=count, weight_S=np.array([s.weight for s in spans], float), num_ranks=float(menu.num_ranks),
+        upper_s=upper_s, counts=counts,
     )  # fmt: skip
 
 
@@ -172,6 +174,7 @@ class _Program:
     low_S: Array
     high_S: Array
     count_S: Array
+    weight_S: Array
     num_ranks: float
     upper_s: float
     counts: tuple[Count, ...]
@@ -216,7 +219,7 @@ def _bound(p: _Program, prices: _Prices, price_DP: Array) -> float:
         fixed -= price * (count.most if price > 0 else count.least)
     lasts = sum(y * f.lasting_P for y, f in zip(prices.rows_RP, p.families, strict=True))
     lasts = lasts - prices.low_P + prices.high_P + lasting
-    each = 1 - p.num_ranks * prices.lasting_S
+    each = p.weight_S - p.num_ranks * prices.lasting_S
     ends = np.minimum(each * p.count_S * p.low_S, each * p.count_S * p.high_S)
     return float(
         p.points.count_D @ price_DP.min(axis=1) + np.minimum(groups, 0.0) @ most
@@ -284,7 +287,7 @@ def _run(p: _Program) -> Any | None:
     lp = untyped.HighsLp()
     lp.num_col_, lp.num_row_ = num_columns, num_rows
     cost, least = np.zeros(num_columns), np.zeros(num_columns)
-    cost[p.last_at :], cost[p.last_at + spans :] = 1.0, p.upper_s
+    cost[p.last_at : p.last_at + spans], cost[p.last_at + spans :] = p.weight_S, p.upper_s
     least[p.last_at : p.last_at + spans] = p.count_S * p.low_S
     below, above = np.full(num_rows, -np.inf), np.zeros(num_rows)
     below[:classes] = above[:classes] = np.add.reduceat(p.points.count_D, p.points.first_C)

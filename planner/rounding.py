@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from planner.batch import IntArray, Points, Table
 from planner.costmodel.keys import Array
 from planner.costmodel.sequences import Menu
-from planner.placing import BestFit, Placed, PlacedGroup, placed_group
+from planner.placing import BestFit, Placed, PlacedGroup, placed, placed_group
 from planner.relaxation import families, solved
 
 _OPTIONS = {"mip_rel_gap": 0.02, "mip_max_nodes": 60, "time_limit": 0.15}  # seconds
@@ -210,8 +210,7 @@ class Filling:
             if len(items):
                 sequences = [i for item in items for i in range(int(fit.first_I[item]), int(ends[item]))]
                 rows[step].append(placed_group(fit.menu, fit.table, int(self.kind_G[g]), sequences))
-        used = tuple(tuple(row) for row in rows if row)
-        return Placed(steps=used, time_s=sum(max(group.time_s for group in row) for row in used))
+        return placed(fit.menu, rows)
 
 
 def filled(fit: BestFit, points: Points, whole: Whole, late: Callable[[], bool] = lambda: False) -> Placed | None:

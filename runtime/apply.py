@@ -293,7 +293,7 @@ def _apply(p: Parallel, precision: torch.dtype | None, tape: Tape | None, compil
             assert param is not None
             if param.requires_grad:
                 p.owned.append(Owned(name, param, p.cuts[name], name in tied))
-    if spec.pp > 1:
+    if spec.pp > 1 and not p.packs:
         _pipeline(p)
 
 

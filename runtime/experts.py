@@ -165,8 +165,10 @@ def _stacked(moe: Moe, original: Callable[..., Any], group: dist.ProcessGroup) -
         took = received.sum(dim=1).tolist()
         arrived = c.all_to_all(copies, group, took, sent)
         local = torch.arange(per_rank, device=counts.device).repeat(ranks).repeat_interleave(received.reshape(-1))
-        done = original(arrived, local.unsqueeze(-1), torch.ones_like(local, dtype=rows.dtype).unsqueeze(-1))
-        forget_product()
+        done = arrived  # without rows a block may cut the graph, and this rank would miss backward's exchanges
+        if len(local):
+            done = original(arrived, local.unsqueeze(-1), torch.ones_like(local, dtype=rows.dtype).unsqueeze(-1))
+            forget_product()
         back = c.all_to_all(done, group, sent, took)
         out = moe_unpermute(back, order, weights.reshape(-1, top_k))
         return out if out.shape == hidden.shape else out.view(hidden.shape)  # FSDP warns of a view that goes out

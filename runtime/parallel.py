@@ -25,7 +25,7 @@ from planner.runtime.mesh import Mesh
 from planner.runtime.optimizer import Owned, ShardedAdamW
 from planner.runtime.rules import ShardMode
 from planner.runtime.rules_math import summed_loss
-from planner.runtime.sharded import SEQ, Context, Cut, Sharded, Split, take, wrap
+from planner.runtime.sharded import SEQ, Context, Cut, Sharded, Split, place, take, wrap
 
 IGNORE_INDEX = -100
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -115,6 +115,14 @@ class Parallel:
             local[s.dim] = local[s.dim] // s.units * len(self.ctx.held(s.axis, s.units))
         return local
 
+    def handed_on(self, layer: int) -> tuple[int, ...]:
+        """Whole shape of what `layer` hands on: that of the dry pass, as long as packed documents are now."""
+        size = self.chain.shapes[layer].size
+        if self.ctx.packed is None:
+            return size
+        at = place(size, 1, Split(0, SEQ, self.ctx.seq_len)).dim
+        return (*size[:at], size[at] // self.ctx.seq_len * self.ctx.packed.length, *size[at + 1 :])
+
     # ---- one micro-batch
 
     def shard_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -142,8 +150,7 @@ class Parallel:
         first, last = self.spec.stage_layers[stage]
         whole = received
         if received is not None:
-            shape = self.chain.shapes[first - 1]
-            whole = wrap(received, self.ctx.residual(shape.size), self.ctx)
+            whole = wrap(received, self.ctx.residual(self.handed_on(first - 1)), self.ctx)
         self.ctx.skip_embedding, self.ctx.column = first > 0, None
         mark_parameters(self.slots)
         with ShardMode(self.ctx) if self.uses_rules else nullcontext(), self.chain.only(first, last, whole):

@@ -100,8 +100,6 @@ def groups_unsupported(spec: PlanSpec, compiled: bool = False) -> str | None:
     """Why the runtime cannot run groups of unequal size (plans with buckets) over the data ranks of `spec`, or None."""
     if compiled:
         return f"groups with compiled layers: {_RULES}"
-    if spec.pp > 1:
-        return "groups with pp: the runtime's pipelines run micro-batches of one shape: plan with --forbid pp"
-    if spec.ep > 1:
-        return "groups with ep: experts spread over ranks that take different numbers of micro-batches"
+    if spec.pp > 1 and spec.schedule is not ScheduleKind.ONE_F_ONE_B:
+        return f"groups with pp: micro-batches of different shapes run as 1f1b, not as {spec.schedule.value}"
     return None

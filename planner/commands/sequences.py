@@ -66,8 +66,6 @@ def tokens_of(args: argparse.Namespace, lengths: Lengths) -> int:
 def plan_lengths(args: argparse.Namespace, job: Job, lengths: Lengths, limits: Limits) -> Plan:
     """Search, and the result as a plan that the checker accepts. InfeasibleError says the longest that fits."""
     tokens = tokens_of(args, lengths)
-    if args.executable_only:
-        limits = replace(limits, forbidden=limits.forbidden | {"pp"})  # groups run without pipelines only
     options = LengthOptions(
         gap_frac=args.gap, time_limit_s=args.time_limit, memory_margin_frac=job.memory_margin_frac
     )
@@ -114,7 +112,8 @@ def _static_specs(job: Job, result: LengthResult, tokens: int) -> list[PlanSpec]
         sharded = shape.zero_stage > 0
         specs.append(
             PlanSpec(
-                tp=shape.tp, sequence_parallel=shape.sequence_parallel, pp=shape.pp, zero_stage=shape.zero_stage,
+                tp=shape.tp, sequence_parallel=shape.sequence_parallel, pp=shape.pp, ep=shape.ep,
+                zero_stage=shape.zero_stage,
                 dp_replicate=1 if sharded else dp, dp_shard=dp if sharded else 1, ulysses=group.ulysses,
                 ring=group.ring, vocab_parallel=shape.vocab_parallel, offload_optimizer=shape.offload_optimizer,
                 global_batch_size=dp * max(1, shape.pp, round(tokens / (longest * dp))),
@@ -188,7 +187,8 @@ def layout_line(plan: Plan) -> str:
     """The state layout in one line."""
     s = plan.decisions
     ranks = s.dp * s.cp
-    return f"layout   tp {s.tp}, pp {s.pp}, ZeRO-{s.zero_stage} over {ranks} data ranks" + (
+    ep = f", ep {s.ep}" if s.ep > 1 else ""
+    return f"layout   tp {s.tp}, pp {s.pp}{ep}, ZeRO-{s.zero_stage} over {ranks} data ranks" + (
         ", sequence parallel" if s.sequence_parallel else ""
     )
 

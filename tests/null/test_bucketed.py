@@ -37,10 +37,13 @@ WIKIPEDIA = named("wikipedia").cut(LONGEST)
 OPTIONS = LengthOptions(batches=2, time_limit_s=1e9)
 
 
+SHAPE = Shape(num_layers=4, hidden=2048, ffn=8192, heads=16, kv_heads=16, head_dim=128, vocab=32_000, seq_len=LONGEST,
+              gated=False, tied=False, rotary=False)  # fmt: skip
+
+
 @cache
 def graph() -> ModelGraph:
-    return build_graph(Shape(num_layers=4, hidden=2048, ffn=8192, heads=16, kv_heads=16, head_dim=128, vocab=32_000,
-                             seq_len=LONGEST, gated=False, tied=False, rotary=False))  # fmt: skip
+    return build_graph(SHAPE)
 
 
 @cache
@@ -137,12 +140,30 @@ def bucket_plan() -> Plan:
     return plan_lengths(args, job(), lengths_of(args), Limits(fixed={"tp": 1}))
 
 
-def test_plans_with_pipelines_are_not_executable_and_executable_only_finds_others() -> None:
-    args = arguments()
+def test_plans_with_pipelines_and_with_experts_are_executable() -> None:
+    args = arguments(gap=0.2)
     lengths = lengths_of(args)
-    piped = plan_lengths(args, job(), lengths, Limits(fixed={"tp": 1, "pp": 2}))
-    assert not piped.executable and "groups with pp" in piped.executable_reasons[0]
-    assert plan_lengths(arguments(executable_only=True), job(), lengths, Limits(fixed={"tp": 1})).executable
+    piped = plan_lengths(args, job(), lengths, Limits(fixed={"tp": 1, "pp": 2, "zero": 3}))
+    assert piped.executable and piped.decisions.pp == 2 and dispatching_of(piped).menu.pp == 2
+    wide = replace(SHAPE, ffn=2048, num_experts=8, top_k=2)
+    experts = build_graph(wide)
+    machine = machine_for(experts, load_cluster("a100-40gb"), get_engine("planner"), 8)
+    sparse = replace(job(), graph=experts, machine=machine)
+    routed = plan_lengths(args, sparse, lengths, Limits(fixed={"ep": 8, "zero": 1}))
+    assert routed.executable and routed.decisions.ep == 8 and routed.decisions.pp == 1
+    found = dispatching_of(decode_plan(encode_plan(routed), "x")).menu
+    assert found.lockstep and len({group.strategy.recompute == "full" for group in found.groups}) == 1
+    with pytest.raises(PlanFileError, match="no multiple of ep 8"):
+        dispatching_of(routed, 4)
+    assert not problems(check_plan(routed))
+
+
+def test_compiled_layers_are_not_executed_in_groups() -> None:
+    args = arguments()
+    engine = replace(get_engine("planner"), compiles=True)
+    compiled = replace(job(), machine=machine_for(graph(), load_cluster("a100-40gb"), engine, 8))
+    plan = plan_lengths(args, compiled, lengths_of(args), Limits(fixed={"tp": 1, "pp": 1, "zero": 3}))
+    assert not plan.executable and "groups with compiled layers" in plan.executable_reasons[0]
 
 
 def test_the_menu_of_the_file_is_the_searchs(bucket_plan: Plan) -> None:

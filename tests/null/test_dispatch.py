@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from planner.batch import table_of
 from planner.batch_bounds import bound_s
 from planner.branching import tight_bound_s
+from planner.costmodel.pipeline import ScheduleKind
+from planner.costmodel.schedule import actions
 from planner.costmodel.sequence_attention import length_grid
 from planner.costmodel.sequences import GroupCost, Menu
 from planner.costmodel.strategy import LayerStrategy
@@ -62,7 +64,7 @@ def check(menu: Menu, lengths: np.ndarray, found: Dispatch) -> None:
     """What any dispatch must satisfy, by arithmetic of its own."""
     seen = sorted(i for step in found.steps for group in step.groups for part in group.micro_batches for i in part)
     assert seen == list(range(len(lengths)))
-    total = 0.0
+    lasts = []
     for step in found.steps:
         ranks: list[int] = []
         slowest = 0.0
@@ -76,13 +78,14 @@ def check(menu: Menu, lengths: np.ndarray, found: Dispatch) -> None:
                 assert 0 < held.sum() <= kind.capacity_tokens * (1 + 1e-9)
                 times.append(kind.fixed_s + float(kind.sequence_s(held).sum()))
             assert len(times) == 1 or not menu.lockstep
-            time_s = sum(times) + (menu.pp - 1) * max(times)
+            time_s = times[0] if menu.lockstep else sum(times) + (menu.pp - 1) * max(times)
             assert group.time_s == pytest.approx(time_s)
             slowest = max(slowest, time_s)
         assert len(ranks) == len(set(ranks)) and max(ranks) < menu.num_ranks
         assert step.time_s == pytest.approx(slowest)
-        total += slowest
-    assert found.step_s == pytest.approx(total + menu.step_s)
+        lasts.append(slowest)
+    tail = (menu.pp - 1) * max(lasts) if menu.lockstep else 0.0
+    assert found.step_s == pytest.approx(sum(lasts) + tail + menu.step_s)
     assert found.lower_bound_s <= found.step_s * (1 + 1e-9)
 
 
@@ -92,7 +95,7 @@ LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=40)
 @settings(deadline=None, max_examples=120)
 @given(LENGTHS, st.sampled_from([1, 2, 4, 8, 16]), st.booleans(), st.sampled_from([1, 2, 4]))
 def test_every_dispatch_is_valid(lengths: list[int], ranks: int, lockstep: bool, pp: int) -> None:
-    menu = toy_menu(ranks, room=400.0, lockstep=lockstep and pp == 1, pp=pp)
+    menu = toy_menu(ranks, room=400.0, lockstep=lockstep, pp=pp)
     batch = np.array(lengths)
     found = dispatch(menu, batch, clock=never)
     check(menu, batch, found)
@@ -129,7 +132,7 @@ def partitions(items: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:
 
 
 def best_lockstep_s(menu: Menu, lengths: np.ndarray) -> float:
-    """Least sum of slowest groups over every split into groups, kinds and micro-steps."""
+    """Least sum of slowest groups over every split into groups, kinds and micro-steps, the slowest of all pp times."""
 
     def time_s(kind: int, part: tuple[int, ...]) -> float:
         group, held = menu.groups[kind], lengths[list(part)]
@@ -147,7 +150,8 @@ def best_lockstep_s(menu: Menu, lengths: np.ndarray) -> float:
     best = math.inf
     for parts in partitions(tuple(range(len(lengths)))):
         for steps in partitions(tuple(range(len(parts)))):
-            best = min(best, sum(one_step([parts[i] for i in step]) for step in steps))
+            lasts = [one_step([parts[i] for i in step]) for step in steps]
+            best = min(best, sum(lasts) + (menu.pp - 1) * max(lasts))
     return best
 
 
@@ -175,7 +179,7 @@ def best_apart_s(menu: Menu, lengths: np.ndarray) -> float:
 def test_lockstep_against_brute_force(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 120, 5)
-    menu = toy_menu(4, room=100.0, fixed=float(rng.uniform(0, 20)))
+    menu = toy_menu(4, room=100.0, fixed=float(rng.uniform(0, 20)), pp=1 + 3 * (seed % 2))
     optimum, found = best_lockstep_s(menu, lengths), dispatch(menu, lengths, gap_frac=0.0, clock=never)
     check(menu, lengths, found)
     assert found.lower_bound_s <= optimum * (1 + 1e-9) <= found.step_s * (1 + 1e-8)
@@ -198,12 +202,45 @@ def test_groups_on_their_own_against_brute_force(seed: int, pp: int) -> None:
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_relaxations_are_below_brute_force(seed: int, lockstep: bool) -> None:
     rng = np.random.default_rng(100 + seed)
-    lengths = rng.integers(1, 200, 5)
-    menu = toy_menu(4, room=float(rng.uniform(60, 120)), fixed=float(rng.uniform(0, 20)), lockstep=lockstep)
+    lengths, room, fixed = rng.integers(1, 200, 5), float(rng.uniform(60, 120)), float(rng.uniform(0, 20))
+    menu = toy_menu(4, room=room, fixed=fixed, lockstep=lockstep, pp=1 + seed % 3)
     table = table_of(menu, lengths)
     optimum = (best_lockstep_s if lockstep else best_apart_s)(menu, lengths)
     for upper in (optimum, 1.2 * optimum, 3 * optimum):
         assert 0 < tight_bound_s(menu, table, upper, 40) <= optimum * (1 + 1e-9)
+
+
+def one_f_one_b_s(micro_batches: list[float], pp: int, forward: float) -> float:
+    """Makespan of equal stages that run the action table; `forward`: its share of each micro-batch."""
+    table = actions(ScheduleKind.ONE_F_ONE_B, len(micro_batches), pp, 1)
+    ends: dict[tuple[str, int, int], float] = {}
+    at, free = [0] * pp, [0.0] * pp
+    while any(at[p] < len(table[p]) for p in range(pp)):
+        for p in range(pp):
+            while at[p] < len(table[p]):
+                op, _, i = table[p][at[p]]
+                before = ("F", i, p - 1) if op == "F" else ("BW", i, p + 1)
+                if 0 <= before[2] < pp and before not in ends:
+                    break
+                takes = micro_batches[i] * (forward if op == "F" else 1 - forward)
+                free[p] = ends[op, i, p] = max(free[p], ends.get(before, 0.0)) + takes
+                at[p] += 1
+    return max(free)
+
+
+@settings(deadline=None, max_examples=40)
+@given(LENGTHS, st.booleans(), st.integers(2, 6), st.floats(0.15, 0.5))
+def test_a_pipeline_takes_no_longer_than_its_price(lengths: list[int], lockstep: bool, pp: int, forward: float) -> None:
+    """In the order of the dispatch, longest first; in others it may (hypothesis finds such batches at once)."""
+    menu, batch = toy_menu(4, room=400.0, lockstep=lockstep, pp=pp), np.array(lengths)
+    found = dispatch(menu, batch, time_limit_s=0.0)
+    if lockstep:
+        assert one_f_one_b_s([step.time_s for step in found.steps], pp, forward) <= found.step_s * (1 + 1e-9)
+        return
+    for group in found.steps[0].groups:
+        kind = menu.groups[group.kind]
+        times = [kind.fixed_s + float(kind.sequence_s(batch[list(part)]).sum()) for part in group.micro_batches]
+        assert one_f_one_b_s(times, pp, forward) <= group.time_s * (1 + 1e-9)
 
 
 def test_relaxations_raise_the_bound_where_memory_and_fixed_costs_differ() -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from planner.costmodel.engine import get_engine
-from planner.costmodel.estimate import estimate, machine_for, model_facts
+from planner.costmodel.estimate import Estimate, estimate, machine_for, model_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.sequences import DataShape, GroupCost, Menu, menu
+from planner.costmodel.sequences import DataShape, GroupCost, Menu, exchanging_alike, menu
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
 from planner.reports.shapes import Shape, build_graph
 
@@ -112,6 +112,37 @@ def test_pipeline_stages_share_the_layers_and_the_memory() -> None:
     ratio = float(pick(four, 1, 1).sequence_s(np.array([SEQ]))[0] / pick(one, 1, 1).sequence_s(np.array([SEQ]))[0])
     assert 0.25 <= ratio < 0.45  # the last stage holds the head too
     assert four.num_ranks == 4 and four.pp == 4
+
+
+def test_experts_spread_over_data_ranks_add_what_the_estimate_says() -> None:
+    shape = Shape(num_layers=4, hidden=2048, ffn=2048, heads=16, kv_heads=16, head_dim=128, vocab=50_304, seq_len=SEQ,
+                  gated=True, tied=False, rotary=True, num_experts=16, top_k=2)  # fmt: skip
+    experts = build_graph(shape)
+    m = machine_for(experts, load_cluster("a100-80gb"), get_engine("planner"), 16)
+    facts, degrees = model_facts(experts, m.engine), ((1, 1), (8, 1))
+    found, whole = (
+        menu(experts, facts, m, DataShape(ep=ep, zero_stage=1), degrees, SEQ, 16 * SEQ, 70 * 2**30) for ep in (8, 1)
+    )
+    assert found.lockstep and not whole.lockstep
+
+    def packed_s(menu: Menu, ulysses: int) -> float:
+        group = pick(menu, ulysses, 1)
+        return group.fixed_s + float(group.sequence_s(np.full(ulysses, SEQ)).sum())
+
+    def priced(ep: int, ulysses: int, micro: int) -> Estimate:
+        spec = plan(ulysses, 1, micro, STRATEGIES[0])
+        return estimate(experts, m, replace(spec, ep=ep, stage_layers=((0, 4),), layers=spec.layers[:4]))
+
+    assert packed_s(found, 1) == pytest.approx(priced(8, 1, 1).ranks[0].microbatch_s, rel=1e-4)
+    for ulysses, _ in degrees:
+        added_s = priced(8, ulysses, ulysses).ranks[0].microbatch_s - priced(1, ulysses, ulysses).ranks[0].microbatch_s
+        assert packed_s(found, ulysses) - packed_s(whole, ulysses) == pytest.approx(added_s, rel=1e-3)
+    room = int(pick(found, 1, 1).capacity_tokens) // SEQ
+    assert room * SEQ > pick(whole, 1, 1).capacity_tokens
+    assert priced(8, 1, room).peak_memory_bytes <= 70 * 2**30 * 1.001 < priced(8, 1, room + 1).peak_memory_bytes
+    once, again = exchanging_alike(found, 8)
+    assert {g.strategy.recompute for g in again.groups} == {"full"}
+    assert len(once.groups) + len(again.groups) == len(found.groups)
 
 
 def test_what_cannot_be_priced_is_refused() -> None:

@@ -65,6 +65,18 @@ def test_an_index_that_is_cut_off_is_one_line(tmp_path: Path, kept: int) -> None
         open_corpus(path, None)
 
 
+@pytest.mark.parametrize(("lengths", "said"), [
+    ([3, 0, 5], "document 1 has 0 tokens, each needs at least 1"), ([9, -1], "document 1 has -1 tokens"),
+    (np.zeros(0, int), "the documents have 0 tokens"), ([2, 2], "the documents have 4 tokens"),
+    ([2.0, 6.0], "expected 1-D integers"),
+])  # fmt: skip
+def test_lengths_that_are_none_are_one_line(tmp_path: Path, lengths: object, said: str) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(8))
+    np.save(tmp_path / "lengths.npy", np.array(lengths))
+    with pytest.raises(TrainingError, match=said):
+        open_corpus(tmp_path / "tokens.npy", tmp_path / "lengths.npy")
+
+
 def test_tokens_that_are_missing_are_one_line(tmp_path: Path) -> None:
     path = write_pair(tmp_path)
     path.write_bytes(path.read_bytes()[:-2])
