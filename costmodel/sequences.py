@@ -167,18 +167,6 @@ def menu(
     return Menu(groups=tuple(groups), num_ranks=ranks, lockstep=shape.lockstep, pp=shape.pp, step_s=step_s)
 
 
-def exchanging_alike(found: Menu, ep: int) -> tuple[Menu, ...]:
-    """With ep, the menu in two: groups whose backward runs forward and its exchanges of rows again, and the others.
-
-    Ranks of an expert group may be in different groups, and must exchange equally often.
-    """
-    if ep == 1:
-        return (found,)
-    again = tuple(group for group in found.groups if group.strategy.recompute == "full")
-    once = tuple(group for group in found.groups if group.strategy.recompute != "full")
-    return replace(found, groups=once), replace(found, groups=again)
-
-
 def without_dominated(found: Menu, spare_frac: float) -> Menu:
     """The menu less the kinds that another of as many ranks with as much room beats at every length.
 

@@ -17,7 +17,7 @@ from planner.costmodel.estimate import model_facts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Machine
 from planner.costmodel.sequence_attention import AttentionPrices
-from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, exchanging_alike, menu, without_dominated
+from planner.costmodel.sequences import DataShape, GroupCost, Menu, core, menu, without_dominated
 from planner.lengths import Lengths
 from planner.pool import Pool, first_bound_s
 from planner.space import Limits, enumerate_cells, strategy_uses
@@ -113,6 +113,18 @@ def _allowed(found: Menu, limits: Limits) -> Menu:
         )
 
     return replace(found, groups=tuple(group for group in found.groups if fits(group)))
+
+
+def exchanging_alike(found: Menu, ep: int) -> tuple[Menu, ...]:
+    """With ep, the menu in two: groups whose backward runs forward and its exchanges of rows again, and the others.
+
+    Ranks of an expert group may be in different groups, and must exchange equally often.
+    """
+    if ep == 1:
+        return (found,)
+    again = tuple(group for group in found.groups if group.strategy.recompute == "full")
+    once = tuple(group for group in found.groups if group.strategy.recompute != "full")
+    return replace(found, groups=once), replace(found, groups=again)
 
 
 def shapes_of(

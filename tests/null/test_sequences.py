@@ -13,8 +13,9 @@ from planner.costmodel.estimate import Estimate, estimate, machine_for, model_fa
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Machine
 from planner.costmodel.presets import load_cluster
-from planner.costmodel.sequences import DataShape, GroupCost, Menu, exchanging_alike, menu
+from planner.costmodel.sequences import DataShape, GroupCost, Menu, menu
 from planner.costmodel.strategy import STRATEGIES, LayerStrategy, PlanSpec
+from planner.layouts import exchanging_alike
 from planner.reports.shapes import Shape, build_graph
 
 SEQ = 8192
