@@ -173,17 +173,19 @@ def without_dominated(found: Menu, spare_frac: float) -> Menu:
     "Beats" leaves `spare_frac` to the worse one, so the best dispatch is at most that fraction slower.
     """
     kept: list[GroupCost] = []
+    alike: dict[int, list[GroupCost]] = {}
     for group in sorted(found.groups, key=lambda g: (float(g.per_token_s_G.sum()) * g.ranks, -g.capacity_tokens)):
-        if not any(_dominates(better, group, 1 + spare_frac) for better in kept):
+        others = alike.setdefault(group.ranks, [])
+        if not any(_dominates(better, group, 1 + spare_frac) for better in others):
             kept.append(group)
+            others.append(group)
     return replace(found, groups=tuple(kept))
 
 
 def _dominates(better: GroupCost, group: GroupCost, factor: float) -> bool:
     fits = group.grid_G <= 2 * group.capacity_tokens  # one point beyond, for what lies between
     return (
-        better.ranks == group.ranks
-        and better.capacity_tokens >= group.capacity_tokens
+        better.capacity_tokens >= group.capacity_tokens
         and better.fixed_s <= group.fixed_s * factor
         and bool((better.per_token_s_G[fits] <= group.per_token_s_G[fits] * factor).all())
     )

@@ -57,6 +57,14 @@ def result() -> LengthResult:
     return search_lengths(graph(), job().machine, WIKIPEDIA, TOKENS, Limits(forbidden=frozenset({"pp"})), OPTIONS)
 
 
+def test_a_search_out_of_time_has_one_layout_and_a_bound_below_every_other() -> None:
+    limits = Limits(forbidden=frozenset({"pp"}))
+    found = search_lengths(graph(), job().machine, WIKIPEDIA, TOKENS, limits, replace(OPTIONS, time_limit_s=0.0))
+    assert found.stop_reason == "time_limit" and found.num_solved == 1
+    assert found.num_layouts == result().num_layouts
+    assert 0 < found.lower_bound_s <= result().step_s <= found.step_s * (1 + 1e-9)
+
+
 def test_bound_is_below_every_dispatch_and_the_mean_of_the_batches_own() -> None:
     found = result()
     assert 0 < found.lower_bound_s <= found.step_s
