@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 
@@ -103,7 +103,7 @@ def packed(menu: Menu, table: Table, kind: int) -> Placed | None:
         return _placed(menu, table, kind, [parts])
     best: Placed | None = None
     fewest = max(1, math.ceil(sum(items.tokens) / (groups * room) - 1e-9))
-    tries = range(fewest, fewest + _MORE_STEPS + 1)
+    tries: Sequence[int] = range(fewest, fewest + _MORE_STEPS + 1)
     if menu.pp > 1:  # more micro-steps shorten the tail
         tries = part_counts(fewest, len(items.tokens), menu.pp)
     for steps in chain(tries, count(tries[-1] + 1)):

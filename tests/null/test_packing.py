@@ -16,7 +16,7 @@ from planner.costmodel.sequences import Menu
 from planner.dispatch import dispatch, static_dispatch
 from planner.distributions import named
 from planner.packing import packed
-from planner.placing import BestFit
+from planner.placing import BestFit, Way
 from planner.pool import Pool, best_single, first_bound_s, static_bounds_s
 from planner.rounding import Filling, whole_groups
 
@@ -65,9 +65,31 @@ def test_no_worse_than_lpt_and_one_kind_alone_is_dispatched_no_worse(corpus: str
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
+def test_a_single_kind_in_pipelines_is_above_its_bound_and_no_worse_than_best_fit(lockstep: bool) -> None:
+    menu = replace(flexsp_menu(16), lockstep=lockstep, pp=4)
+    batch = named("wikipedia").cut(16_384).sample(120, 5)
+    table, bounds = table_of(menu, batch), static_bounds_s(menu, (batch,))
+    fit, gaps = BestFit(menu, table), []
+    for kind in range(len(menu.groups)):
+        found = packed(menu, table, kind)
+        if found is None:
+            continue
+        lasts = [max(group.time_s for group in step) for step in found.steps]
+        assert lasts == sorted(lasts, reverse=True)
+        assert found.time_s == pytest.approx(sum(lasts) + (3 * lasts[0] if lockstep else 0.0))
+        assert bounds[kind] <= (found.time_s + menu.step_s) * (1 + 1e-9)
+        gaps.append(1 - bounds[kind] / (found.time_s + menu.step_s))
+        for steps in (2, 4, 8, 16) if lockstep else (1,):
+            target = 1.1 * found.time_s / (steps + menu.longest_counts - 1)
+            other = fit.place((target,) * steps, Way(kinds=(kind,), patience=np.inf))
+            assert other is None or found.time_s <= other.time_s * (1 + 1e-9)
+    assert len(gaps) >= 3 and np.median(gaps) <= 0.01
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
 @pytest.mark.parametrize("pp", [1, 2])
 def test_bounds_of_a_pool_are_below_those_of_its_batches(lockstep: bool, pp: int) -> None:
-    menu = replace(flexsp_menu(16), lockstep=lockstep and pp == 1, pp=pp)
+    menu = replace(flexsp_menu(16), lockstep=lockstep, pp=pp)
     batches = tuple(named("wikipedia").cut(65_536).sample(size, size) for size in (40, 120))
     own = np.mean([bound_s(menu, table_of(menu, batch)) for batch in batches])
     assert 0.5 * own <= first_bound_s(menu, Pool.of(batches)) <= own * (1 + 1e-3)
