@@ -49,7 +49,7 @@ FLEXSP_CELLS = {"gpu": "A100-40GB-SXM", "gpus_per_node": "8", "inter_node": "400
 class Workload:
     """A model on a cluster with lengths; `batches` are the same for every system.
 
-    `limit_s`: of the dispatcher, a batch. `ulysses`: the degree that the publication's static plan had, where it says.
+    `limit_s`: of the dispatcher, a batch. `as_run`: (ulysses, ring) of the publication's static plan, where it says.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Workload:
     lengths: Lengths
     batches: tuple[IntArray, ...]
     zero: int
-    limit_s: float = 3.0
-    ulysses: int | None = None
+    limit_s: float = 2.0
+    as_run: tuple[int, int] | None = None
 
 
 def gpt(layers: int, hidden: int, longest: int) -> Shape:
@@ -78,20 +78,20 @@ def flexsp() -> Iterator[Workload]:
         for model, sizes in GPTS.items():
             yield Workload(
                 name=name_of(longest, corpus, model), shape=gpt(*sizes, longest * K), cluster=cluster, gpus=64,
-                lengths=lengths, batches=batches, zero=3, ulysses=64 if longest == 384 else None,
+                lengths=lengths, batches=batches, zero=3, as_run=(64, 1) if longest == 384 else None,
             )  # fmt: skip
 
 
 def bytescale() -> Iterator[Workload]:
-    """A Llama-7B-like model on H800, 2M context, about 8K tokens a GPU and step."""
+    """A Llama-7B-like model on H800, 2M context: 32M tokens a step on 1,024 GPUs as published, elsewhere 8K a GPU."""
     shape = Shape(num_layers=32, hidden=4096, ffn=11_008, heads=32, kv_heads=32, head_dim=128, vocab=32_000,
                   seq_len=2048 * K, gated=True, tied=False, rotary=True)  # fmt: skip
     for corpus in ("byted", "github"):
         for gpus in (1024, 4096, 12_288):
-            lengths = named(corpus).cut(2048 * K)
+            lengths, tokens = named(corpus).cut(2048 * K), 32_000_000 if gpus == 1024 else gpus * 8 * K
             yield Workload(
                 name=f"7B 2M {corpus}, {gpus:,} GPUs", shape=shape, cluster=load_cluster("h800"), gpus=gpus,
-                lengths=lengths, batches=lengths.batches(BATCHES, gpus * 8 * K, 0), zero=1, limit_s=10.0,
+                lengths=lengths, batches=lengths.batches(BATCHES, tokens, 0), zero=1, limit_s=10.0, as_run=(1, 256),
             )  # fmt: skip
 
 
@@ -164,19 +164,28 @@ def _fewest_ranks_s(work: Workload, kinds: Menu, part: float) -> tuple[float, ..
         return None
 
 
-def adaptive_s(work: Workload, found: Menu) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(seconds, gap) of each batch over a small menu that the best single kind has joined."""
-    small = core(without_dominated(found, SPARE_FRAC), work.lengths.mean_tokens)
-    single = best_single(found, work.batches, work.lengths.longest_tokens)
-    if single is not None:
-        small = replace(small, groups=(*(g for g in small.groups if g is not single.group), single.group))
+def by_recomputation(kinds: Menu) -> list[Menu]:
+    """The kinds of each strategy alone: what a system may use that recomputes alike in all groups."""
+    strategies = dict.fromkeys(group.strategy for group in kinds.groups)
+    return [only(kinds, lambda group: group.strategy == strategy) for strategy in strategies]  # noqa: B023
+
+
+def batch_adaptive_s(work: Workload, kinds: Menu) -> tuple[float, ...] | None:
+    """Seconds of each batch under the kind that does best for it; None if one fits none."""
+    each = [best_single(kinds, (batch,), int(batch.max())) for batch in work.batches]
+    return None if None in each else tuple(found.step_s[0] for found in each if found is not None)
+
+
+def dispatched_s(work: Workload, kinds: Menu, limit_s: float) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(seconds, gap) of each batch over a small menu that the best single kind has joined; None if one does not fit."""
+    single = best_single(kinds, work.batches, int(max(batch.max() for batch in work.batches)))
+    if single is None:
+        return None
+    small, starts = single.joined(core(without_dominated(kinds, SPARE_FRAC), work.lengths.mean_tokens))
     answers = [
-        dispatch(
-            small, batch, gap_frac=0.005, time_limit_s=work.limit_s, clock=time.process_time,
-            static_kind=None if single is None else len(small.groups) - 1,
-        )
-        for batch in work.batches
-    ]  # fmt: skip
+        dispatch(small, batch, gap_frac=0.005, time_limit_s=limit_s, start=start, clock=time.process_time)
+        for batch, start in zip(work.batches, starts, strict=True)
+    ]
     return tuple(d.step_s for d in answers), tuple(d.gap_frac for d in answers)
 
 
@@ -188,21 +197,23 @@ def simulate(work: Workload) -> Row:
         DataShape(tp=tp, sequence_parallel=True, vocab_parallel=True, zero_stage=1) for tp in TENSOR_DEGREES
     ]  # fmt: skip
     megatron = [only(menus(work, shape, lambda u, r: u == 1), in_memory) for shape in tensor]
-    adaptive, gaps = adaptive_s(work, everything)
-    each = [best_single(everything, (batch,), int(batch.max())) for batch in work.batches]
+    adaptive = dispatched_s(work, everything, work.limit_s)
+    assert adaptive is not None
+    alike = by_recomputation(ulysses) if work.zero == 3 else []  # FlexSP's layout
+    flexsp_like = [found[0] for kinds in alike if (found := dispatched_s(work, kinds, work.limit_s / 2))]
     own, tensors = static_s(work, everything), least_s(*(static_s(work, found) for found in megatron))
-    published = only(ulysses, lambda g: g.ulysses == work.ulysses)
+    as_run = only(everything, lambda g: (g.ulysses, g.ring) == work.as_run and in_memory(g))
     holding = only(everything, lambda g: g.capacity_tokens >= work.lengths.longest_tokens)
     least = 0.0 if own is None else float(static_bounds_s(holding, work.batches).min())
     return Row(
         name=work.name,
         step_s={
-            "adaptive": adaptive, "batch-adaptive": tuple(found.step_s[0] for found in each if found is not None),
-            "best static": least_s(own, tensors), "ulysses static": static_s(work, ulysses),
-            "ulysses as run": static_s(work, published) if work.ulysses else None,
+            "adaptive": adaptive[0], "best static": least_s(own, tensors), "flexsp-like": least_s(*flexsp_like),
+            "batch-adaptive": least_s(*(batch_adaptive_s(work, kinds) for kinds in alike)),
+            "ulysses static": static_s(work, ulysses), "as run": static_s(work, as_run),
             "tp x cp static": tensors, "hybrid cp": hybrid_s(work, megatron[0]),
         },
-        gap_frac=gaps, static_gap_frac=0.0 if own is None else max(0.0, 1 - least / float(np.mean(own))),
+        gap_frac=adaptive[1], static_gap_frac=0.0 if own is None else max(0.0, 1 - least / float(np.mean(own))),
         tokens=float(np.mean([b.sum() for b in work.batches])),
     )  # fmt: skip
 
