@@ -182,8 +182,10 @@ def text(found: dict[str, Any], args: argparse.Namespace, load: float) -> str:
         f"`python -m planner.reports.groups_run --ranks {args.ranks} --batches {args.batches} --rounds {args.rounds}` "
         f"made this page in {sum(found['seconds']):.0f} s: {args.ranks} gloo ranks on {os.cpu_count()} cores (load "
         f"average {load:.2f} before), {LAYERS} layers of {HIDDEN}, float32, ZeRO-3, {BATCH} documents a step, "
-        f"{ROOM} tokens of room a rank (a figure of the experiment). Static: every document on all ranks (Ulysses), "
-        "packed. Prices of the kinds of groups were measured before, on documents of one length; the batches below "
+        f"{ROOM} tokens of room a rank (figures of the experiment; of 48 documents a step the adaptive plan lost 5 % "
+        "in a first trial of one run: a micro-step's fixed cost weighed most). Static: every document on all ranks "
+        "(Ulysses), packed. Prices of the kinds of groups were measured before, on documents of one length; the "
+        "batches below "
         f"were not used for that. Medians of {args.rounds} runs, both plans in turns; in brackets, the middle half. "
         "Ranks share cores: what a plan saves is the work of exchanges and of small calls, not idle time. The "
         "dispatcher was not given the static plan to fall back on, so that its own answer is what runs.",
