@@ -36,7 +36,7 @@ def test_chunks_equal_the_recurrence(time: int, gate: float) -> None:
     grads = [torch.randn_like(x) for x in found]
     found_grads = torch.autograd.grad(found, ours, grads)
     wanted_grads = torch.autograd.grad(wanted, exact, [x.double() for x in grads])
-    bound = 1e-5 + 2**-24 * gla.SUB * gate  # exponents are differences of float32 sums over a sub-block or more
+    bound = 1e-5 + 2**-24 * gla.CHUNK * gate  # exponents are differences of float32 sums over up to a chunk
     for got, want in zip((*found, *found_grads), (*wanted, *wanted_grads), strict=True):
         turned = (exact[0] * wanted_grads[0]).abs().max().item()  # dg is a difference of such terms
         floor = turned if want is wanted_grads[3] else 0.0
