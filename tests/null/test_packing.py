@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_dispatch import flexsp_menu, toy_menu
+from dispatch_menus import flexsp_menu, toy_menu
 
 from planner.batch import points_of, table_of
 from planner.batch_bounds import bound_s
