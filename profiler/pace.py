@@ -1,8 +1,8 @@
 """Whether this core runs undisturbed.
 
-What another tenant of the host does on the same physical core slows work here by up to two, in bursts of seconds that
-neither load average nor stolen time shows. A short loop of the interpreter shows it: undisturbed it takes equal
-times to a few per cent.
+On a shared host the same work is slower by up to two, in bursts of seconds that neither load average nor stolen time
+shows (another tenant of the physical core, as it seems). A short loop of the interpreter shows them: between bursts it
+takes equal times to a few per cent.
 """
 
 from __future__ import annotations

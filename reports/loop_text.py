@@ -113,7 +113,7 @@ def _head(facts: dict[str, Any]) -> list[str]:
         f"{facts['profile_s']:.0f} s; {facts['rounds']} rounds of at least {facts['steps']} timed steps, interleaved; "
         f"load average before the start {facts['load_before']:.1f}, highest {load:.1f}. Left out: "
         f"{facts['left_out']:.0%} of the steps, beside which a core ran more than 30 % slower than at its best "
-        "(another tenant of the host: profiler/pace.py).",
+        "(profiler/pace.py).",
     ]
     if busy:
         lines += ["", "**The machine was busy with other work: these timings show that the loop works, not how good "
