@@ -87,17 +87,20 @@ def _memory(case: Case, device: torch.device) -> Job:
 
 
 def _optimizer(case: Case, device: torch.device) -> Job:
-    """AdamW over a few tensors and the gradient's norm, as the runtime steps."""
+    """AdamW over a few tensors, the norm of the gradients and their scaling, as the runtime steps."""
+    from planner.runtime.optimizer import squares
+
     count = max(int(case.dims["num_params"]) // 8, 1)
     params = [torch.nn.Parameter(_random(device, torch.float32, count)) for _ in range(8)]
     for param in params:
         param.grad = torch.ones_like(param)
-    inner = torch.optim.AdamW(params, foreach=False)
+    inner = torch.optim.AdamW(params, fused=True)
 
     def step() -> None:
-        total = sum((p.grad.double() ** 2).sum() for p in params if p.grad is not None)
-        assert isinstance(total, torch.Tensor)
-        total.sqrt()
+        grads = [param.grad for param in params if param.grad is not None]
+        squares(grads).sum().sqrt()
+        for grad in grads:
+            grad.mul_(1.0)  # as they are scaled where the norm is too large
         inner.step()
 
     return Job(work=step)

@@ -82,7 +82,7 @@ def moments_of(p: Parallel, item: Owned) -> dict[str, Any]:
     master = p.optimizer.masters[item.name]
     state: dict[str, Any] = p.optimizer.inner.state[master]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=master.device)
         for name in _MOMENTS:
             state[name] = torch.zeros_like(master)
     return state
