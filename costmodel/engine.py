@@ -87,9 +87,11 @@ class EngineSpec:
     host_collective_s: float = 0.0  # the same for one tensor-parallel collective
     host_collective_crossing_s: float = 0.0  # more of it, times tp, in a pipeline that crosses nodes
     # Host seconds beside kernels and collectives, (forward, backward), as a profile finds them: of a layer under FSDP2
-    # in every micro-batch, and of an op of a layer on parts of tensors by what cuts them ("tp", "sp": both, "cp"). Of a
+    # in every micro-batch (`host_shard_s`), more where its weights are gathered and its gradients reduced
+    # (`host_sync_s`), and of an op of a layer on parts of tensors by what cuts them ("tp", "sp": both, "cp"). Of a
     # pipeline stage, for the pass of a micro-batch in either direction: `host_stage_s`.
     host_shard_s: tuple[float, float] = (0.0, 0.0)
+    host_sync_s: tuple[float, float] = (0.0, 0.0)
     host_cut_s: dict[str, tuple[float, float]] = field(default_factory=dict)
     host_stage_s: float = 0.0
     blocking_launches: bool = False  # the host waits for every kernel (CUDA_LAUNCH_BLOCKING): nothing is hidden

@@ -24,7 +24,7 @@ from planner.costmodel.strict import canonical_json
 SCHEMA = "planner.profile/1"
 MAX_BYTES = 64 * 2**20
 PLATFORMS = ("cpu", "cuda")
-RUNTIME = ("plain", "shard", "tp", "sp", "cp")
+RUNTIME = ("plain", "shard", "sync", "tp", "sp", "cp")
 PER_STAGE = 2  # micro-batches for every stage of "pp/step"
 _GROUP = ("num_bytes", "ranks", "stride")
 # Every kind of sample with the sizes that it has; `name` says which collective, op or layer.
@@ -94,7 +94,8 @@ class Sample:
     """One measurement: median seconds of `repeats` runs, `spread_frac` their robust standard deviation over the median.
 
     `condition` is an index into `Profile.conditions`. `saved_bytes`: what autograd keeps (layers, forward).
-    `measured_on`: ISO date. `note`: doubts ("throttled", "noisy") or where an imported sample comes from.
+    `measured_on`: ISO date. `note`: doubts ("throttled", "noisy") or where an imported sample comes from. `wall_s`: by
+    the wall clock, where `time_s` is the work of a rank that shares its core with others (profiler.timing.Clock); or 0.
     """
 
     kind: str
@@ -109,6 +110,7 @@ class Sample:
     measured_on: str
     saved_bytes: float = 0.0
     note: str = ""
+    wall_s: float = 0.0
 
     def __post_init__(self) -> None:
         where = f"{self.kind} sample"
@@ -121,8 +123,9 @@ class Sample:
         for name, value in (*self.dims.items(), ("time_s", self.time_s)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{where}: {name} must be > 0, not {value!r}")
-        if not (math.isfinite(self.spread_frac) and self.spread_frac >= 0 and self.saved_bytes >= 0):
-            raise ValueError(f"{where}: spread_frac and saved_bytes must be >= 0")
+        for name, value in (("spread_frac", self.spread_frac), ("wall_s", self.wall_s)):
+            if not (math.isfinite(value) and value >= 0 and self.saved_bytes >= 0):
+                raise ValueError(f"{where}: {name} and saved_bytes must be >= 0")
         if self.repeats < 1 or self.condition < 0:
             raise ValueError(f"{where}: repeats must be at least 1 and condition an index")
 

@@ -83,6 +83,18 @@ def world_of(profile: Profile, cluster: ClusterSpec, num_gpus: int) -> int:
     return min(ranks, key=lambda r: abs(np.log(r / num_gpus)))
 
 
+def in_lockstep(profile: Profile) -> Profile:
+    """What ranks find that share cores and all wait for each other: collectives, and the runtime, by the wall clock.
+
+    Otherwise others work while one waits, and its own work counts.
+    """
+    found = [
+        replace(s, time_s=s.wall_s) if s.wall_s and (s.kind == "runtime" or s.kind.startswith("collective")) else s
+        for s in profile.samples
+    ]
+    return replace(profile, samples=tuple(found))
+
+
 def same_kernel(kind: str, one: Conditions, other: Conditions) -> bool:
     """Whether a kernel of this kind takes one rank the same work under both: every core is busy, and no peer waits."""
     alone = kind != "runtime" and not kind.startswith("collective")

@@ -54,8 +54,8 @@ def _host_of_others(profile: Profile, cluster: ClusterSpec, world: int) -> dict[
         scale = world / other if shared else 1.0
         if found:
             cut = {option: tuple(scale * s for s in both) for option, both in found["host_cut_s"].items()}
-            shard = tuple(scale * s for s in found["host_shard_s"])
-            return {"host_shard_s": shard, "host_cut_s": cut, "host_stage_s": scale * found["host_stage_s"]}
+            pairs = {name: tuple(scale * s for s in found[name]) for name in ("host_shard_s", "host_sync_s")}
+            return {**pairs, "host_cut_s": cut, "host_stage_s": scale * found["host_stage_s"]}
     return {}
 
 
@@ -73,7 +73,8 @@ _IN_A_LAYER = {"tp": {"all_reduce": 2}, "sp": {"all_gather": 2, "reduce_scatter"
 def _host(samples: Sequence[Sample], world: int, cores: int) -> dict[str, Any]:
     """Host times from a small model under each option: what it took longer than without, and than its collectives.
 
-    Every option is over all `world` ranks. {} when the model was not measured without any, and under FSDP2.
+    What cuts tensors does it over two ranks, and the others are its replicas. {} when the model was not measured
+    without any option, and under FSDP2.
     """
     rows = {s.name: s for s in samples if s.kind == "runtime"}
     if not {"plain/forward", "plain/backward", "shard/forward", "shard/backward"} <= set(rows):
@@ -81,21 +82,27 @@ def _host(samples: Sequence[Sample], world: int, cores: int) -> dict[str, Any]:
     first = rows["plain/forward"]
     layers, ops = first.dims["layers"], first.dims["ops"]
 
-    def more_s(option: str, way: str) -> float:
-        return (rows[f"{option}/{way}"].time_s - rows[f"plain/{way}"].time_s) / layers
+    def more_s(option: str, way: str, than: str = "plain") -> float:
+        return (rows[f"{option}/{way}"].time_s - rows[f"{than}/{way}"].time_s) / layers
 
     ways = ("forward", "backward")
     shard = tuple(max(more_s("shard", way), 0.0) for way in ways)
+    sync: tuple[float, ...] = (0.0, 0.0)
+    if {f"sync/{way}" for way in ways} <= set(rows):
+        sent_s = (_latency_s(samples, name, world) for name in ("all_gather", "reduce_scatter"))
+        sync = tuple(max(more_s("sync", way, "shard") - s, 0.0) for way, s in zip(ways, sent_s, strict=True))
     cut = {}
     for option, calls in _IN_A_LAYER.items():
         if not {f"{option}/{way}" for way in ways} <= set(rows):
             continue
-        sent = sum(count * _latency_s(samples, name, world) for name, count in calls.items())
-        known = [sent + (part if option == "cp" else 0.0) for part in shard]  # context ranks share parameters
+        sent = sum(count * _latency_s(samples, name, 2) for name, count in calls.items())
+        replicas = option == "cp" or world > 2  # context ranks share parameters
+        known = [sent + (part if replicas else 0.0) for part in shard]
         cut[option] = tuple(
             max(more_s(option, way) - part, 0.0) / ops for way, part in zip(ways, known, strict=True)
         )
-    return {"host_shard_s": shard, "host_cut_s": cut, "host_stage_s": _stage_s(rows, samples, world, cores)}
+    stage_s = _stage_s(rows, samples, world, cores)
+    return {"host_shard_s": shard, "host_sync_s": sync, "host_cut_s": cut, "host_stage_s": stage_s}
 
 
 def _stage_s(rows: Mapping[str, Sample], samples: Sequence[Sample], world: int, cores: int) -> float:

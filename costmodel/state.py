@@ -17,6 +17,7 @@ from planner.costmodel.layer_comm import exposed
 
 # Buckets grow with the group so that latency does not rule them (Megatron-Core: max(40e6, 1e6 x dp) parameters).
 BUCKET_PARAMS_PER_RANK = 1e6
+_LEAST_BYTES = 4.0  # of a collective that takes its latency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +182,31 @@ def layer_sync_s(
     again = np.where(layout.zero >= 3, exposed(gather, backward_s, engine.overlap_zero3), 0.0)
     window = np.where(layout.zero >= 3, np.maximum(backward_s - gather, 0.0), backward_s)
     # A host that launches ahead hides this; one that is the device does not.
-    host = [np.where((layout.data_ranks > 1) & engine.blocking_launches, s, 0.0) for s in engine.host_shard_s]
+    waits = (layout.data_ranks > 1) & engine.blocking_launches
+    gathered, reduced = (np.where(layout.zero >= z, s, 0.0) for z, s in zip((3, 2), engine.host_sync_s, strict=True))
+    host = [np.where(waits, s + gathered, 0.0) for s in engine.host_shard_s]
+    host[1] = host[1] + np.where(waits, reduced, 0.0)
     return fwd + host[0], again + exposed(scatter, window, engine.overlap_grad_reduce) + host[1]
+
+
+def once_s(layers: Array, layout: StateLayout, machine: Machine) -> Array:
+    """What `step_sync` leaves out where FSDP2 gathers and reduces the `layers` layers of a rank one by one, seconds.
+
+    The host's time for each, and the latency of every call but the first. 0 where a host launches ahead and hides it.
+    """
+    engine, zero = machine.engine, layout.zero
+    gathered, reduced = engine.host_sync_s
+    host = np.where(zero < 3, gathered, 0.0) + np.where(zero < 2, reduced, 0.0)
+
+    def latency_s(call: Callable[..., Array], stride: Array, ranks: Array) -> Array:
+        return call(machine.cluster, machine.domains, _LEAST_BYTES * np.ones_like(zero), stride, ranks)
+
+    gather, scatter = (latency_s(call, layout.tp, layout.shard) for call in (comm.all_gather_s, comm.reduce_scatter_s))
+    shard = np.where(zero >= 1, layout.shard, 1.0)
+    calls = latency_s(comm.all_reduce_s, layout.tp * shard, layout.data_ranks / shard)
+    calls = calls + np.where((zero == 1) | (zero == 2), gather, 0.0) + np.where(zero == 1, scatter, 0.0)
+    waits = (layout.data_ranks > 1) & engine.blocking_launches
+    return np.where(waits, layers * host + np.maximum(layers - 1, 0.0) * calls, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +238,8 @@ def step_sync(
     reduce = reduce + np.where(layout.zero == 1, scatter_s(dense, routed, layout, machine), 0.0)
     gathers = (layout.zero >= 1) & (layout.zero <= 2)
     gather = np.where(gathers, gather_s(dense, routed, layout, machine), 0.0)
+    copied = (layout.zero == 0) & (layout.data_ranks > 1)  # FSDP2 copies what it steps on even where nothing is cut
+    gather = gather + np.where(copied, _copy_s(dense + routed, 2 * engine.weight_bytes, machine), 0.0)
     sharded = layout.zero >= 1
     per_rank = dense / np.where(sharded, layout.shard, 1.0) + routed / np.where(sharded, layout.routed_shard, 1.0)
     offload = layout.offload_optimizer > 0

@@ -2,6 +2,10 @@
 
 A host that shares its hardware packs virtual cores that idle, if only for milliseconds, onto one physical core: work on
 them is then slower by up to two, and neither load average nor stolen time shows it.
+
+What keeps a core awake must give way to what is timed, at once. Linux weighs sessions against each other before the
+processes in them (man 7 sched, "The autogroup feature"): SCHED_IDLE gives way only within its own session, and has half
+of the core against any other.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ _SPIN = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n
 
 @contextlib.contextmanager
 def cores_awake(count: int) -> Iterator[None]:
-    """Keep `count` cores, or all if there are fewer, busy meanwhile with processes that give way to anything else.
+    """Keep `count` cores, or all if there are fewer, busy meanwhile with processes that give way to this session's.
 
     SCHED_IDLE, which only Linux has. More cores than the timed work uses would lower clocks and eat the share of a
     container.

@@ -119,22 +119,31 @@ def _floats(value: Any) -> list[torch.Tensor]:
 
 
 def _layers(layers: list[nn.Module], args: Any, kwargs: Any, backward: bool) -> Job:
-    """All layers forward, or all backward; one of them is wanted."""
+    """All layers forward, each on the stream that the one before hands on, or all backward; one of them is wanted."""
+    leaves, form = tree_flatten((args, kwargs))
 
-    def one(layer: nn.Module) -> list[torch.Tensor]:
+    def one(layer: nn.Module, inputs: list[Any]) -> list[torch.Tensor]:
+        args, kwargs = tree_unflatten(inputs, form)
         return [x for x in _floats(layer(*args, **kwargs)) if x.requires_grad]
 
-    def forward() -> list[list[torch.Tensor]]:
-        return [one(layer) for layer in layers]
+    def forward() -> list[torch.Tensor]:
+        """What nothing took: the stream behind the last layer, and all else that layers put out."""
+        inputs, ends = leaves, []
+        for layer in layers:
+            stream, *rest = one(layer, inputs)
+            at = next((i for i, x in enumerate(leaves) if _floats(x) and x.shape == stream.shape), None)
+            inputs = leaves if at is None else [*leaves[:at], stream, *leaves[at + 1 :]]
+            ends += rest if at is not None and layer is not layers[-1] else [stream, *rest]
+        return ends
 
-    saved = _saved_bytes(layers[0], lambda: one(layers[0]), _floats((args, kwargs)))
+    saved = _saved_bytes(layers[0], lambda: one(layers[0], leaves), _floats((args, kwargs)))
     if not backward:
         return Job(work=forward, parts=len(layers), saved_bytes=saved)
-    up = [torch.ones_like(x) for x in one(layers[0])]
+    up = [torch.ones_like(x) for x in forward()]
 
     def prepare() -> Work:
         outs = forward()
-        return lambda: [torch.autograd.backward(out, up) for out in reversed(outs)]
+        return lambda: torch.autograd.backward(outs, up)
 
     return Job(prepare=prepare, parts=len(layers), saved_bytes=saved)
 

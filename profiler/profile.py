@@ -265,18 +265,18 @@ def _refuse_other_device(known: Profile, now: Conditions) -> None:
 
 
 def _as_a_rank(spec: dict[str, Any], out: Path, collector: _Collector) -> str:
-    """Be one rank of torchrun's; only rank 0 has anything to tell afterwards."""
+    """Be one rank of torchrun's; only rank 0 has anything to tell afterwards.
+
+    Every such rank has a session of its own, where none can keep the others' cores awake (profiler.awake).
+    """
     from planner.profiler import worker
 
-    here = spec["platform"] == "cpu" and os.environ.get("LOCAL_RANK", "0") == "0"
-    cores = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])) * spec["threads"]
-    with cores_awake(cores) if here else contextlib.nullcontext():
-        if os.environ["RANK"] == "0":
-            with out.open("a", encoding="utf-8") as file:
-                worker.run(worker.read_spec(json.dumps(spec)), file)
-            collector.take(out.read_text())
-        else:
-            worker.run(worker.read_spec(json.dumps(spec)), None)
+    if os.environ["RANK"] == "0":
+        with out.open("a", encoding="utf-8") as file:
+            worker.run(worker.read_spec(json.dumps(spec)), file)
+        collector.take(out.read_text())
+    else:
+        worker.run(worker.read_spec(json.dumps(spec)), None)
     return ""
 
 
@@ -320,7 +320,8 @@ def ranks_of(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process a rank of `python -m command`, stderr in `folder`; all are gone at the end, whatever happened.
 
-    SIGTERM to this process counts as Ctrl-C meanwhile. On a CPU the cores are kept awake.
+    SIGTERM to this process counts as Ctrl-C meanwhile. On a CPU the cores are kept awake, and every rank has its own,
+    or its turn on one: ranks that wait for each other are slower where they wander.
     """
     base = child_environment()
     if platform == "cuda":
@@ -330,6 +331,7 @@ def ranks_of(
     base["OMP_NUM_THREADS"] = str(threads)
     started: list[subprocess.Popen[bytes]] = []
     awake = cores_awake(ranks * threads) if platform == "cpu" else contextlib.nullcontext()
+    cores = sorted(os.sched_getaffinity(0)) if platform == "cpu" and hasattr(os, "sched_setaffinity") else []
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
     try:
@@ -339,9 +341,14 @@ def ranks_of(
                 started.append(
                     subprocess.Popen(
                         [sys.executable, "-P", "-m", *command], env={**base, **place}, stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+                        stdout=subprocess.DEVNULL, stderr=errors,
+                        process_group=0,  # not a session of its own: profiler.awake
                     )
                 )  # fmt: skip
+            if cores:
+                mine = {cores[(rank * threads + i) % len(cores)] for i in range(threads)}
+                with contextlib.suppress(ProcessLookupError):  # it died at once, which is found later
+                    os.sched_setaffinity(started[-1].pid, mine)
         with awake:
             yield started
     finally:

@@ -1,9 +1,10 @@
 """What the runtime costs the host beside a model's own kernels: a small model under one plan option at a time.
 
 "plain" is the model alone, on the kernels that the runtime uses here; "shard" has its layers under FSDP2, as data
-parallelism has them; "tp", "sp" (tp with sequence parallelism) and "cp" (Ulysses) run it on parts of tensors over all
-ranks, by the runtime's rules and with real collectives of next to no bytes. All of one micro-batch that reduces no
-gradients. "pp" is a pipeline over all ranks, 1F1B with two micro-batches for every stage.
+parallelism has them, and "sync" has them gathered and reduced as well; "tp", "sp" (tp with sequence parallelism) and
+"cp" (Ulysses) run it on halves of tensors on every two ranks, which are replicas of the others, by the runtime's rules
+and with real collectives of next to no bytes. All of one micro-batch, which reduces no gradients but in "sync". "pp" is
+a pipeline over all ranks, 1F1B with two micro-batches for every stage.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from planner.profiler.timing import Job, Work
 
 def plan_spec(variant: str, world: int) -> PlanSpec:
     """The plan of a variant on `world` ranks."""
+    half = world // 2
     degrees: dict[str, Any] = {
         "shard": {"dp_shard": world},
-        "tp": {"tp": world},
-        "sp": {"tp": world, "sequence_parallel": True},
-        "cp": {"ulysses": world},
+        "sync": {"dp_shard": world},
+        "tp": {"tp": 2, "dp_shard": half},
+        "sp": {"tp": 2, "dp_shard": half, "sequence_parallel": True},
+        "cp": {"ulysses": 2, "dp_shard": half},
         "pp": {"pp": world},
     }
-    batch = {"shard": world, "pp": PER_STAGE * world}.get(variant, 1)
+    batch = {"shard": world, "sync": world, "pp": PER_STAGE * world}.get(variant, half)
     ends = np.linspace(0, reference.LAYERS, degrees[variant].get("pp", 1) + 1).astype(int).tolist()
     return PlanSpec(
         global_batch_size=batch, stage_layers=tuple(itertools.pairwise(ends)),
@@ -57,7 +60,7 @@ def _forward(variant: str, device: torch.device, world: int, graph: str) -> Call
     parallel = parallelize(model, plan_spec(variant, world), decode_graph(graph.encode()), device=device)
 
     def forward() -> torch.Tensor:
-        before_backward(model, parallel.spec, last=False)
+        before_backward(model, parallel.spec, last=variant == "sync")
         return parallel.run(0, None, tokens, tokens)
 
     return forward
@@ -80,7 +83,13 @@ def make_runtime(case: Case, device: torch.device, world: int, graph: str) -> Jo
         return Job(work=_step(device, world, graph))
     forward = _forward(variant, device, world, graph)
 
-    def prepare() -> Work:
+    def backward() -> Work:
         return forward().backward
 
-    return Job(work=forward) if way == "forward" else Job(prepare=prepare)
+    def gathering() -> Work:
+        backward()()  # frees gathered parameters
+        return forward
+
+    if way == "backward":
+        return Job(prepare=backward)
+    return Job(prepare=gathering) if variant == "sync" else Job(work=forward)

@@ -25,7 +25,6 @@ from planner.profiler.choose import Chooser
 from planner.profiler.comm_bench import Groups, make_comm
 from planner.profiler.model_bench import Bench
 from planner.profiler.ops import make_op
-from planner.profiler.pace import Pace
 from planner.profiler.runtime_bench import make_runtime
 from planner.profiler.timing import WINDOW_S, Clock, Job, Ranks, Timing, measure
 
@@ -82,7 +81,6 @@ def _work(
 ) -> None:
     """Case after case, chosen by rank 0 (which has `out`) and followed by all."""
     window_s = clock.turns * WINDOW_S  # long against a turn on a shared core
-    pace = Pace() if spec.platform == "cpu" and clock.turns == 1 else None  # in turns a probe finds cold caches
     while True:
         late = time.monotonic() >= spec.deadline_s
         chosen = None if late or out is None else chooser.next()
@@ -91,7 +89,7 @@ def _work(
             break
         if out:
             _write(out, {"starting": index, "left": chooser.left})
-        timing, job, why = _measure(spec.cases[index], make, clock, ranks, window_s, pace)
+        timing, job, why = _measure(spec.cases[index], make, clock, ranks, window_s)
         if timing is None or job is None:
             chooser.failed(index)
             found: dict[str, Any] = {"failed": why}
@@ -133,7 +131,7 @@ def _maker(spec: Spec, device: torch.device, rank: int, world: int) -> Callable[
 
 
 def _measure(
-    case: Case, make: Callable[[Case], Job], clock: Clock, ranks: Ranks, window_s: float, pace: Pace | None
+    case: Case, make: Callable[[Case], Job], clock: Clock, ranks: Ranks, window_s: float
 ) -> tuple[Timing | None, Job | None, str]:
     """(timing, job, "") or (None, None, why): ranks agree on whether the case can be made before they time it."""
     job, why = None, ""
@@ -146,7 +144,7 @@ def _measure(
     if ranks.largest(0.0 if job else 1.0) > 0:
         return None, None, why or "another rank cannot"
     assert job is not None
-    return measure(job, clock, ranks, window_s=window_s, pace=pace), job, ""
+    return measure(job, clock, ranks, window_s=window_s), job, ""
 
 
 def conditions(spec: Spec, device: torch.device, world: int) -> dict[str, Any]:

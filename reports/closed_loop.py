@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from planner.build import Job
 from planner.commands import arguments
 from planner.commands.profile import duration
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.profile import Profile, encode_profile
+from planner.costmodel.strategy import PlanSpec
 from planner.errors import UserError
 from planner.files import check_writable, read_profile, write_atomic
 from planner.plan import encode_plan
@@ -29,7 +31,7 @@ from planner.profiler.profile import INTERRUPTED, Request, death, ranks_of, run_
 from planner.profiler.trace import trace_model
 from planner.provenance import tool_version
 from planner.reports import loop_model
-from planner.reports.loop_plans import Predicted, candidates, choose, job_of, price, written
+from planner.reports.loop_plans import Predicted, candidates, choose, job_of, price, shared_of, written
 from planner.reports.loop_plot import write_plot
 from planner.reports.loop_state import Progress, run_key
 from planner.reports.loop_text import Row, markdown, median_error, options
@@ -62,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the defaults are 2 ranks, one model, 3 plans, 2 rounds, "
                         "30 s of profiling, and the report and the record in this folder")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the report in this package")
-    parser.add_argument("--record", type=Path, metavar="FOLDER", help="profile and runs (default: beside the report)")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="profile and runs (default: FILE without its "
+                        "suffix, measured/ of the package if there is no -o)")  # fmt: skip
     parser.add_argument("--quiet", action="store_true")
 
 
@@ -79,6 +82,8 @@ class _Case:
 
 def main(args: argparse.Namespace) -> int:
     """Profile, plan, run, write the report."""
+    if args.output is not None and args.record is None:
+        args.record = args.output.with_suffix("")
     for name, value in (_QUICK if args.quick else _WHOLE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -102,7 +107,6 @@ def main(args: argparse.Namespace) -> int:
         "date": datetime.date.today().isoformat(), "load_before": load_before, "load_after": os.getloadavg()[0],
         "cores": os.cpu_count(), "profile_s": args.budget, "samples": len(profile.samples), "rounds": args.rounds,
         "steps": args.steps, "device": profile.conditions[0].device, "version": tool_version(), "curve": curve,
-        "left_out": progress.left_out,
     }  # fmt: skip
     data = {"facts": facts, "rows": [row.data for row in rows]}
     write_atomic(args.record / "closed_loop.json", (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
@@ -173,9 +177,14 @@ def _profile(
 
 def _case(args: argparse.Namespace, model: str, graph: ModelGraph, profile: Profile, ranks: int) -> _Case:
     job = job_of(graph, load_cluster("cpu-gloo"), profile, ranks)
-    chosen = choose(price(job, candidates(job), os.cpu_count() or 1), args.plans)
+    chosen = choose(_priced(job, profile, candidates(job)), args.plans)
     texts = tuple(encode_plan(written(job, one.spec)) for one in chosen)
     return _Case(model=model, ranks=ranks, graph=graph, chosen=tuple(chosen), texts=texts)
+
+
+def _priced(job: Job, profile: Profile, specs: list[PlanSpec]) -> list[Predicted]:
+    shared = shared_of(job.graph, load_cluster("cpu-gloo"), profile, job.machine.num_gpus, os.cpu_count() or 1)
+    return price(job, shared, specs)
 
 
 def _predicted_again(cases: list[_Case], rows: list[Row], profile: Profile) -> list[Row]:
@@ -183,7 +192,7 @@ def _predicted_again(cases: list[_Case], rows: list[Row], profile: Profile) -> l
     found: list[Row] = []
     for case in cases:
         job = job_of(case.graph, load_cluster("cpu-gloo"), profile, case.ranks)
-        again = price(job, [one.spec for one in case.chosen], os.cpu_count() or 1)
+        again = _priced(job, profile, [one.spec for one in case.chosen])
         mine = rows[len(found) : len(found) + len(again)]
         found += [replace(row, predicted_s=p.step_s, shared_s=p.shared_s) for row, p in zip(mine, again, strict=True)]
     return found
@@ -212,7 +221,7 @@ def _run_all(
                 left = [i for i, key in enumerate(keys) if key not in progress.runs]
                 if left:
                     arguments.note(args, f"running {len(left)} plans of {case.model} on {case.ranks} ranks, {what}")
-                    for i, line in _launch(args, case, left, Path(folder), memory, progress.floor_s):
+                    for i, line in _launch(args, case, left, Path(folder), memory):
                         progress.keep(keys[i], line)
                 for i, key in enumerate(keys):
                     one, line = found[c, i], progress.runs.get(key, {})
@@ -224,7 +233,7 @@ def _run_all(
 
 
 def _launch(
-    args: argparse.Namespace, case: _Case, plans: list[int], root: Path, memory: bool, floor_s: float
+    args: argparse.Namespace, case: _Case, plans: list[int], root: Path, memory: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Run these plans of a case once in one job; what a dead job had not done is missing."""
     folder = Path(tempfile.mkdtemp(dir=root))
@@ -233,7 +242,7 @@ def _launch(
         path.write_bytes(case.texts[i])
     spec = {
         "plans": [str(path) for path in paths], "folder": str(folder), "model": f"{_MODEL}:{case.model}",
-        "memory": memory, "steps": args.steps, "floor_s": floor_s,
+        "memory": memory, "steps": args.steps,
     }  # fmt: skip
     (folder / "spec.json").write_text(json.dumps(spec))
     out = folder / "out.jsonl"

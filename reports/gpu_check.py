@@ -143,7 +143,7 @@ def _launch(case: Case, file: Path, platform: str) -> dict[str, Any]:
         for memory in passes:
             sub = Path(tempfile.mkdtemp(dir=folder))
             spec = {"plans": [str(path)], "folder": str(sub), "model": f"{file}:{case.model}", "memory": memory,
-                    "steps": 5, "floor_s": 1.0}  # fmt: skip
+                    "steps": 5}  # fmt: skip
             (sub / "spec.json").write_text(json.dumps(spec))
             out.unlink(missing_ok=True)
             command = ["planner.reports.loop_rank", str(sub / "spec.json"), str(out)]

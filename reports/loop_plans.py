@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from planner.build import Job, build_plan, inputs_of
 from planner.check import check_structure, problems
 from planner.costmodel.engine import get_engine
-from planner.costmodel.estimate import Estimate, estimate_many, machine_for
+from planner.costmodel.estimate import estimate, estimate_many, machine_for
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.hardware import ClusterSpec
 from planner.costmodel.keys import Machine
 from planner.costmodel.profile import Profile, profile_sha256
-from planner.costmodel.profiled import fit_cluster
+from planner.costmodel.profiled import fit_cluster, in_lockstep
 from planner.costmodel.profiled_engine import fit_engine
+from planner.costmodel.simulate import on_shared_cores_s
 from planner.costmodel.strategy import PlanSpec
 from planner.errors import UserError
 from planner.given import Given, given_spec
 from planner.plan import Plan
 from planner.runtime.support import reasons
+from planner.simulated import simulate_plan
 
 _SLOWEST = 8.0  # plans slower than this many times the best are not worth their run time
 BEST, WORST = 2, 1  # of every number of ranks; the rest is spread between them
@@ -37,12 +39,37 @@ class Predicted:
     peak_bytes: float
 
 
+def machine_of(
+    graph: ModelGraph, cluster: ClusterSpec, profile: Profile, ranks: int, busy: int | None = None
+) -> Machine:
+    """`ranks` ranks on the machine as `profile` found it, with `busy` of them at work at once (default: all)."""
+    busy = busy or ranks
+    engine = fit_engine(get_engine("planner"), profile, cluster, busy)
+    return machine_for(graph, fit_cluster(cluster, profile, busy), engine, ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """How ranks find `cores` that they share: as they all wait for each other, and with as many at work as cores."""
+
+    cores: int
+    lockstep: Machine
+    alone: Machine
+
+
+def shared_of(graph: ModelGraph, cluster: ClusterSpec, profile: Profile, ranks: int, cores: int) -> Shared:
+    """Of `ranks` ranks on the machine as `profile` found it."""
+    return Shared(
+        cores=cores, lockstep=machine_of(graph, cluster, in_lockstep(profile), ranks),
+        alone=machine_of(graph, cluster, profile, ranks, busy=min(cores, ranks)),
+    )  # fmt: skip
+
+
 def job_of(graph: ModelGraph, cluster: ClusterSpec, profile: Profile, ranks: int) -> Job:
-    """The job of `ranks` ranks on the machine as `profile` found it."""
-    engine = fit_engine(get_engine("planner"), profile, cluster, ranks)
-    machine = machine_for(graph, fit_cluster(cluster, profile, ranks), engine, ranks)
+    """The job of `ranks` ranks on that machine."""
     return Job(
-        graph=graph, machine=machine, global_batch_size=graph.default_global_batch_size, memory_margin_frac=0.0,
+        graph=graph, machine=machine_of(graph, cluster, profile, ranks),
+        global_batch_size=graph.default_global_batch_size, memory_margin_frac=0.0,
         profile_sha256=profile_sha256(profile),
     )  # fmt: skip
 
@@ -74,31 +101,35 @@ def _space(ranks: int) -> Iterator[Given]:
                         sp=sp, vpp=vpp)  # fmt: skip
 
 
-def price(job: Job, specs: Sequence[PlanSpec], cores: int) -> list[Predicted]:
-    """What is expected of every plan."""
-    priced = estimate_many(job.graph, job.machine, specs)
-    return [
-        Predicted(
-            spec=spec, step_s=one.step_s, shared_s=shared_step_s(one, spec, job.machine, cores),
-            peak_bytes=one.peak_memory_bytes,
-        )
-        for spec, one in zip(specs, priced, strict=True)
-    ]  # fmt: skip
+def price(job: Job, shared: Shared, specs: Sequence[PlanSpec]) -> list[Predicted]:
+    """What is expected of every plan.
 
-
-def shared_step_s(priced: Estimate, spec: PlanSpec, machine: Machine, cores: int) -> float:
-    """The step when more ranks than cores take turns: idle time of one rank is not lost, others run in it.
-
-    Kernels were measured with all ranks busy, each `ranks / cores` times slower than alone. Then a pipeline ends no
-    sooner than the mean rank is done, nor than its critical path with a core to every stage; the bubble is the rest.
+    The ranks of a plan without pipeline all wait for each other, and so do all once a step; where there are stages, one
+    works while another waits.
     """
-    share = machine.num_gpus / cores
-    if share <= 1 or spec.pp == 1:
-        return priced.step_s
-    busy = [spec.num_microbatches * rank.microbatch_s for rank in priced.ranks]
-    bubble = next(leaf.leaf_s for leaf in priced.breakdown.leaves() if leaf.name == "bubble")
-    pipeline_s = busy[priced.bottleneck] + bubble
-    return priced.step_s - pipeline_s + max(sum(busy) / len(busy), pipeline_s / share)
+    found: list[Predicted] = []
+    for spec, one in zip(specs, estimate_many(job.graph, job.machine, specs), strict=True):
+        if spec.pp == 1:
+            step_s = shared_s = estimate(job.graph, shared.lockstep, spec).step_s
+        else:
+            step_s, shared_s = one.step_s, shared_step_s(job.graph, job.machine, shared, spec)
+        found.append(Predicted(spec=spec, step_s=step_s, shared_s=shared_s, peak_bytes=one.peak_memory_bytes))
+    return found
+
+
+def shared_step_s(graph: ModelGraph, machine: Machine, shared: Shared, spec: PlanSpec) -> float:
+    """The step of a pipeline when more ranks than cores take turns: while one waits, others are faster.
+
+    Kernels were measured with all ranks busy, each `ranks / cores` times slower than alone. Ranks have their cores in
+    turn (profiler.profile.ranks_of), so that a stage of several ranks has as many, or all. A pipeline ends no sooner
+    than with cores of its own for every stage, whose ranks wait for each other.
+    """
+    found, waiting, alone = (simulate_plan(graph, one, spec) for one in (machine, shared.lockstep, shared.alone))
+    if shared.cores >= machine.num_gpus:
+        return found.step_s
+    stages_at_once = max(shared.cores * spec.pp // machine.num_gpus, 1)
+    pipeline_s = max(on_shared_cores_s(found.simulation, stages_at_once), alone.simulation.step_s)
+    return waiting.step_s - waiting.simulation.step_s + pipeline_s
 
 
 def choose(priced: Sequence[Predicted], count: int) -> list[Predicted]:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from planner.files import read_plan
 from planner.plan import Plan
-from planner.profiler.pace import Pace
 from planner.profiler.timing import Ranks
 from planner.runtime.apply import parallelize_plan
 from planner.runtime.data import Batches
@@ -29,7 +28,7 @@ from planner.runtime.model_source import load_source
 from planner.runtime.parallel import Parallel
 
 WARM_UP = 2
-_STEPS_S, _MOST_STEPS, _LONGEST_S = 2.0, 10, 6.0  # short steps are repeated more often
+_STEPS_S, _MOST_STEPS = 2.0, 10  # short steps are repeated more often
 _TIMEOUT_S = 120.0
 
 
@@ -77,31 +76,21 @@ def _step(parallel: Parallel, batches: Batches, number: int) -> None:
 def _times(plan: Plan, spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of steps after warm-up, all ranks at a barrier before each; the slowest rank counts.
 
-    At least `steps` of them and as many as fit into _STEPS_S. On a CPU those beside which a rank's core was disturbed
-    are left out, for up to _LONGEST_S. On a GPU also the peak bytes of its allocator.
+    At least `steps` of them and as many as fit into _STEPS_S. On a GPU also the peak bytes of its allocator.
     """
     parallel, batches = _apply(plan, spec["model"], device)
     ranks = Ranks(dist.group.WORLD, dist.get_world_size())
-    pace = Pace(spec["floor_s"]) if device.type == "cpu" else None
-    times: list[float] = []  # of steps between two undisturbed probes
-    others: list[float] = []
-    before = True  # the first steps are warm-up
+    for number in range(WARM_UP):
+        _step(parallel, batches, number)
+    times: list[float] = []
     while len(times) < spec["steps"] or (sum(times) < _STEPS_S and len(times) < _MOST_STEPS):
         ranks.barrier()
         start_s = time.perf_counter()
-        _step(parallel, batches, len(times) + len(others))
+        _step(parallel, batches, WARM_UP + len(times))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        time_s = ranks.largest(time.perf_counter() - start_s)
-        after = pace is not None and ranks.largest(float(pace.disturbed())) > 0
-        (others if before or after else times).append(time_s)
-        before = after or len(others) < WARM_UP
-        if sum(others[WARM_UP:]) > _LONGEST_S:
-            break
-    left_out = len(others) - WARM_UP
-    found: dict[str, Any] = {"step_s": times or others[WARM_UP:], "left_out": left_out if times else 0}
-    if pace is not None:
-        found["floor_s"] = pace.floor_s
+        times.append(ranks.largest(time.perf_counter() - start_s))
+    found: dict[str, Any] = {"step_s": times}
     if device.type == "cuda":
         peaks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(peaks, torch.cuda.max_memory_allocated(device))

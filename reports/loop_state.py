@@ -50,18 +50,6 @@ class Progress:
         with (self.folder / "runs.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "found": found}) + "\n")
 
-    @property
-    def floor_s(self) -> float:
-        """Seconds of the fastest probe of any run (profiler/pace.py); 1 before the first."""
-        return min((line["floor_s"] for line in self.runs.values() if "floor_s" in line), default=1.0)
-
-    @property
-    def left_out(self) -> float:
-        """Share of the timed steps that a disturbed core spoiled."""
-        lines = [line for line in self.runs.values() if "left_out" in line]
-        spoiled = sum(line["left_out"] for line in lines)
-        return float(spoiled / max(spoiled + sum(len(line["step_s"]) for line in lines), 1))
-
     def clear(self) -> None:
         """The loop is done: nothing is left to go on with."""
         for path in (*self.folder.glob("profile-*.json"), self.folder / "options.json", self.folder / "runs.jsonl"):

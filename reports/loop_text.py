@@ -111,9 +111,7 @@ def _head(facts: dict[str, Any]) -> list[str]:
         "",
         f"{facts['date']}, {facts['device']}, {facts['cores']} cores, gloo; profile of {facts['samples']} samples in "
         f"{facts['profile_s']:.0f} s; {facts['rounds']} rounds of at least {facts['steps']} timed steps, interleaved; "
-        f"load average before the start {facts['load_before']:.1f}, highest {load:.1f}. Left out: "
-        f"{facts['left_out']:.0%} of the steps, beside which a core ran more than 30 % slower than at its best "
-        "(profiler/pace.py).",
+        f"load average before the start {facts['load_before']:.1f}, highest {load:.1f}.",
     ]
     if busy:
         lines += ["", "**The machine was busy with other work: these timings show that the loop works, not how good "

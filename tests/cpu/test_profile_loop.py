@@ -46,10 +46,11 @@ def test_an_interruption_while_it_profiles_ends_the_loop(monkeypatch: pytest.Mon
     monkeypatch.setattr(closed_loop, "trace_model", lambda source, seq_len: graph())
     parser = argparse.ArgumentParser()
     closed_loop.add_arguments(parser)
-    record = tmp_path / "record"
-    args = parser.parse_args(["--ranks", "2", "-o", str(tmp_path / "loop.md"), "--record", str(record)])
+    record = tmp_path / "loop"  # where no --record is given
+    args = parser.parse_args(["--ranks", "2", "-o", str(tmp_path / "loop.md")])
     with pytest.raises(KeyboardInterrupt):
         closed_loop.main(args)
+    assert (record / "progress").is_dir()
     assert not list(record.glob("closed_loop*")) and not list(record.glob("progress/profile-*"))
 
 

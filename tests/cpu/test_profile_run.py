@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -28,9 +27,8 @@ from planner.profiler.graph_io import decode_graph
 from planner.profiler.import_kineto import import_trace
 from planner.profiler.model_bench import Bench
 from planner.profiler.ops import make_op
-from planner.profiler.pace import Pace
-from planner.profiler.profile import Outcome, Request, measure_cases, run_profile, traced_reference
-from planner.profiler.timing import Clock, Job, Ranks, Timing, measure, summary
+from planner.profiler.profile import Outcome, Request, measure_cases, ranks_of, run_profile, traced_reference
+from planner.profiler.timing import Clock, Job, Ranks, measure, summary
 from planner.profiler.trace import trace_model
 
 CPU, ALONE = torch.device("cpu"), Ranks(None, 1)
@@ -123,27 +121,16 @@ def test_cores_are_awake_while_ranks_run_and_nobody_is_left() -> None:
         while not spinning():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert len(spinning()) == 1
+        assert [os.getsid(pid) for pid in spinning()] == [os.getsid(0)]
     assert not spinning()
 
 
-def test_windows_on_a_disturbed_core_are_left_out_as_far_as_enough_are_left() -> None:
-    """The first windows are slow, and the probe after each says so; then all are said to be."""
-
-    def found(*slow: bool) -> Timing:
-        calls, probes, pace = itertools.count(), iter(slow), Pace()
-        pace.disturbed = lambda: next(probes, slow[-1])  # type: ignore[method-assign]
-        job = Job(timed=lambda clock: 3.0 if next(calls) < 3 + 4 else 1.0)  # 3 to warm up, one a window
-        return measure(job, Clock(CPU), ALONE, window_s=1e-9, pace=pace)
-
-    some, none = found(True, True, True, True, False), found(True)
-    assert (some.time_s, some.repeats, some.note) == (1.0, 3, "")
-    assert (none.time_s, none.repeats) == (3.0, 6) and "disturbed" in none.note
-
-
-def test_a_core_is_disturbed_while_it_is_slower_than_at_its_best() -> None:
-    assert not Pace().disturbed()
-    assert Pace(floor_s=1e-9).disturbed()
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_ranks_have_cores_of_their_own_in_turn(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    with ranks_of(["timeit", "-n", "1", "-r", "1", "__import__('time').sleep(60)"], 3, 1, "cpu", tmp_path) as ranks:
+        assert [os.sched_getaffinity(rank.pid) for rank in ranks] == [{cores[i % len(cores)]} for i in range(3)]
+        assert {os.getsid(rank.pid) for rank in ranks} == {os.getsid(0)}  # else what keeps cores awake takes half
 
 
 def test_noise_and_throttling_are_said() -> None:
@@ -210,7 +197,7 @@ def test_what_the_runtime_costs_the_host_is_measured() -> None:
     """A small model under every option, and the figures that turn its times into those of an op."""
     cases = runtime_cases(2, "cpu")
     found = measure_cases(request_of(2, 120.0), cases)
-    assert not found.failed and not found.died and found.measured == len(cases) == 11
+    assert not found.failed and not found.died and found.measured == len(cases) == 13
     graph = decode_graph(traced_reference().encode())
     for platform, cluster in (("cpu", "cpu-gloo"), ("cuda", "h100")):  # as each runs the layer
         engine = machine_for(graph, load_cluster(cluster), get_engine("planner"), 2).engine

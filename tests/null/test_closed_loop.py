@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from plans import graph, job, spec
 
-from planner.costmodel.estimate import estimate
+from planner.costmodel.pipeline import ScheduleKind
+from planner.costmodel.simulate import on_shared_cores_s, simulate
 from planner.reports.gpu_check import report
-from planner.reports.loop_plans import BEST, Predicted, choose, shared_step_s
+from planner.reports.loop_plans import BEST, Predicted, Shared, choose, shared_step_s
 from planner.reports.loop_text import Row, markdown, scores
+from planner.simulated import simulate_plan
 
 FACTS = {
-    "date": "2026-11-24", "load_before": 0.1, "left_out": 0.25, "load_after": 2.0, "cores": 2,
+    "date": "2026-11-24", "load_before": 0.1, "load_after": 2.0, "cores": 2,
     "profile_s": 60.0, "samples": 9,
     "rounds": 2, "steps": 3, "device": "a CPU", "version": "1",
     "curve": [{"budget_s": 180.0, "samples": 9, "error": {"narrow": 0.1}},
@@ -55,17 +58,24 @@ def test_best_worst_and_a_spread_are_chosen() -> None:
 def test_idle_time_is_not_lost_on_shared_cores() -> None:
     machine = job().machine
     plan = spec(pp=8, micro_batch_size=2)
-    priced = estimate(graph(), machine, plan)
-    alone = shared_step_s(priced, plan, machine, cores=machine.num_gpus)
-    shared = shared_step_s(priced, plan, machine, cores=2)
-    bubble = next(leaf.leaf_s for leaf in priced.breakdown.leaves() if leaf.name == "bubble")
-    assert alone == priced.step_s
-    busy = [plan.num_microbatches * rank.microbatch_s for rank in priced.ranks]
-    mean_s, path_s = sum(busy) / len(busy), (max(busy) + bubble) / (machine.num_gpus / 2)
-    assert mean_s > path_s  # work, not the longest chain, is what two cores are short of
-    assert shared == pytest.approx(priced.step_s - max(busy) - bubble + mean_s)
-    flat = spec(micro_batch_size=2)
-    assert shared_step_s(estimate(graph(), machine, flat), flat, machine, 2) == estimate(graph(), machine, flat).step_s
+    alone = simulate_plan(graph(), machine, plan)
+    pipeline = alone.simulation
+    many, few = (Shared(cores=n, lockstep=machine, alone=machine) for n in (machine.num_gpus, machine.num_gpus // 4))
+    assert shared_step_s(graph(), machine, many, plan) == alone.step_s
+    once_s = alone.step_s - pipeline.step_s
+    assert shared_step_s(graph(), machine, few, plan) == pytest.approx(once_s + pipeline.step_s)  # cores of its own
+    work_s = pipeline.busy_s.mean()  # if no core was ever idle
+    assert work_s < on_shared_cores_s(pipeline, 2) < pipeline.step_s
+    assert on_shared_cores_s(pipeline, 1) == pytest.approx(work_s)  # nobody waits for the only core
+    assert on_shared_cores_s(pipeline, 8) == pytest.approx(pipeline.step_s)
+
+
+def test_three_stages_on_two_cores() -> None:
+    """Every action is a second where all are busy. One works at a time: ranks 0 and 2 are alone on a core of two."""
+    chain = simulate(ScheduleKind.ONE_F_ONE_B, np.ones((3, 1)), np.ones((3, 1)), np.zeros((3, 1)), 1)
+    assert on_shared_cores_s(chain, 1) == pytest.approx(6 / 3)
+    assert on_shared_cores_s(chain, 2) == pytest.approx(4 / 2 + 2)
+    assert on_shared_cores_s(chain, 3) == pytest.approx(6)
 
 
 def test_the_gpu_report_counts_what_ran() -> None:

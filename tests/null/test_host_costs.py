@@ -16,9 +16,10 @@ from planner.costmodel.layer_comm import host_cut_s
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import price_layer
 from planner.costmodel.profile import DIMS, Conditions, Profile, Sample, make_profile
+from planner.costmodel.profiled import fit_cluster, in_lockstep
 from planner.costmodel.profiled_engine import fit_engine
 from planner.costmodel.rates import p2p_s
-from planner.costmodel.state import StateLayout, gather_s, layer_sync_s
+from planner.costmodel.state import StateLayout, gather_s, layer_sync_s, once_s, step_sync
 
 CPU = Conditions(platform="cpu", device="some CPU", devices_per_node=2, memory_bytes=2**34, backend="gloo", ranks=2,
                  threads=1, software={})  # fmt: skip
@@ -33,7 +34,8 @@ def sample(kind: str, name: str, sizes: tuple[float, ...], time_s: float) -> Sam
 
 def profile() -> Profile:
     """8 layers of 15 ops; milliseconds chosen so that each part comes out round."""
-    ms = {"plain": (8.0, 16.0), "shard": (12.0, 18.0), "tp": (40.0, 32.0), "sp": (64.0, 8.0), "cp": (60.0, 58.0)}
+    ms = {"plain": (8.0, 16.0), "shard": (12.0, 18.0), "sync": (28.0, 50.0), "tp": (40.0, 32.0),
+          "sp": (64.0, 8.0), "cp": (60.0, 58.0)}  # fmt: skip
     rows = [
         sample("runtime", f"{option}/{way}", (8, 15), t / 1e3)
         for option, both in ms.items()
@@ -51,6 +53,7 @@ def profile() -> Profile:
 def test_host_times_are_what_is_left_beside_kernels_and_collectives() -> None:
     engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
     assert engine.host_shard_s == pytest.approx((4e-3 / 8, 2e-3 / 8))
+    assert engine.host_sync_s == pytest.approx((16e-3 / 8 - 1e-3, 32e-3 / 8 - 1e-3))  # a gather, a reduction of 1 ms
     assert engine.host_cut_s["tp"] == pytest.approx(((32e-3 / 8 - 2e-3) / 15, 0.0))  # 2 all-reduces of 1 ms a layer
     assert engine.host_cut_s["sp"] == pytest.approx(((56e-3 / 8 - 4e-3) / 15, 0.0))
     # Ulysses: 4 exchanges, and context ranks are data ranks to FSDP2
@@ -113,6 +116,42 @@ def test_layers_under_fsdp_pay_for_its_hooks_and_copies() -> None:
         list(engine.host_shard_s)
     )
     assert sum(layer_sync_s(params, none, second, second, layout(1, 0), machine)) == 0
+    gathered, reduced = engine.host_sync_s
+    flat = replace(machine, engine=replace(engine, host_sync_s=(0.0, 0.0)))
+    for zero, more in ((1, (0.0, 0.0)), (2, (0.0, reduced)), (3, (gathered, gathered + reduced))):
+        paid, free = (layer_sync_s(params, none, second, second, layout(2, zero), one) for one in (machine, flat))
+        assert [float((a - b)[0]) for a, b in zip(paid, free, strict=True)] == pytest.approx(list(more))
     flat = replace(machine, engine=replace(engine, gathers_copies=False))
     assert gather_s(params, none, layout(2, 1), machine) > gather_s(params, none, layout(2, 1), flat)
     assert gather_s(params, none, layout(1, 1), machine) == gather_s(params, none, layout(1, 1), flat)
+
+
+def test_layers_are_gathered_and_reduced_one_by_one() -> None:
+    """Every layer's latencies of 1 ms, and the host's time, which the calls of the whole step do not have."""
+    engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
+    machine = machine_for(graph(), fit_cluster(load_cluster("cpu-gloo"), profile(), 2), engine, 2)
+    ten, (gathered, reduced) = np.array([10.0]), engine.host_sync_s
+    for zero, host_s, calls in ((0, gathered + reduced, 1), (1, gathered + reduced, 2), (2, gathered, 1), (3, 0.0, 0)):
+        expected_s = 10 * host_s + 9 * calls * 1e-3
+        assert once_s(ten, layout(2, zero), machine) == pytest.approx(expected_s, rel=0.01), zero
+    copies = replace(layout(1, 0), dp_replicate=2 * np.ones(1))
+    assert once_s(ten, copies, machine) == pytest.approx(10 * (gathered + reduced) + 9e-3, rel=0.01)  # all-reduces
+    assert once_s(ten, layout(1, 0), machine) == 0
+    assert once_s(ten, layout(2, 1), replace(machine, engine=replace(engine, blocking_launches=False))) == 0
+
+
+def test_weights_are_copied_once_a_step_even_where_nothing_is_cut() -> None:
+    engine = fit_engine(get_engine("planner"), profile(), load_cluster("cpu-gloo"), 2)
+    machine = machine_for(graph(), load_cluster("cpu-gloo"), engine, 2)
+    many, none = np.array([1e7]), np.zeros(1)
+    alone, copies = layout(1, 0), replace(layout(1, 0), dp_replicate=2 * np.ones(1))
+    gather_s = [float(step_sync(many, none, none, none, where, machine).gather_s[0]) for where in (alone, copies)]
+    assert gather_s[0] == 0 < gather_s[1]
+
+
+def test_ranks_in_lockstep_find_what_the_wall_clock_shows() -> None:
+    known = profile()
+    slow = replace(known, samples=tuple(replace(s, wall_s=2 * s.time_s) for s in known.samples))
+    by_wall = in_lockstep(slow)
+    assert [s.time_s for s in by_wall.samples] == [2 * s.time_s for s in known.samples]
+    assert in_lockstep(known) == known  # every rank has a core: there is one time
