@@ -16,7 +16,7 @@ from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Array, Machine
 from planner.costmodel.layer_comm import exposed
 from planner.costmodel.price import LayerPrice
-from planner.costmodel.state import StateLayout, grad_bytes, host_state_bytes, layer_sync_s, state_bytes
+from planner.costmodel.state import StateLayout, grad_bytes, host_state_bytes, layer_sync_s, once_s, state_bytes
 from planner.costmodel.strategy import RECOMPUTE_KINDS, STRATEGIES
 
 
@@ -117,10 +117,10 @@ def build_rates(
     ]
     extra, act, host, work = (np.stack([o[i] for o in options]) for i in range(4))
     price_c = prices.classes
-    grads = [_late_grads(p.dense_params, p.routed_params, layout, pp * num_microbatches, machine) for p in price_c]
+    grads = [_late_grads(p.dense_params, p.routed_params, layout, num_microbatches, machine) for p in price_c]
     act = np.maximum(act, np.stack(grads)[:, None])
     tied = np.where(pp > 1, float(graph.tied_params) / _vocab_div(prices, graph), 0.0)
-    epilogue = _end(prices.epilogue, tied, layout, pp * num_microbatches, machine)
+    epilogue = _end(prices.epilogue, tied, layout, num_microbatches, machine)
     if machine.engine.transients_in_turn:
         work = work + sum(_zero_bytes(prices, layout, machine))
         gone = np.where(pp > 1, 0.0, epilogue.activation_bytes + epilogue.work_bytes)  # before the first layer's turn
@@ -149,21 +149,21 @@ def build_rates(
         ),
         dense_CK=np.stack([p.dense_params for p in price_c]),
         routed_CK=np.stack([p.routed_params for p in price_c]),
-        prologue=_end(prices.prologue, np.zeros_like(tied), layout, pp * num_microbatches, machine),
+        prologue=_end(prices.prologue, np.zeros_like(tied), layout, num_microbatches, machine),
         epilogue=epilogue,
         fixed_bytes_K=_fixed_bytes(prices, layout, pp, vpp, num_microbatches, machine),
         p2p_s_K=p2p_s(boundary_bytes(prices), pp, vpp, machine),
-        step_s_K=_step_s(tied, pp, machine),
+        step_s_K=_step_s(tied, pp, machine) + once_s(graph.num_layers / pp, layout, machine),
         layout=layout,
     )
 
 
-def _late_grads(dense: Array, routed: Array, layout: StateLayout, work: Array, machine: Machine) -> Array:
+def _late_grads(dense: Array, routed: Array, layout: StateLayout, num_microbatches: Array, machine: Machine) -> Array:
     """Gradients that take the place of activations in backward: there are none before, in the only micro-batch.
 
-    `work`: stages x micro-batches. A layer's share of the peak is then the larger of both, not their sum.
+    A layer's share of the peak is then the larger of both, not their sum.
     """
-    late = machine.engine.gathers_copies & (work == 1)
+    late = machine.engine.gathers_copies & (num_microbatches == 1)
     return np.where(late, grad_bytes(dense, routed, layout, machine), 0.0)
 
 
@@ -206,9 +206,11 @@ def _vocab_div(prices: Prices, graph: ModelGraph) -> Array:
     return ratio
 
 
-def _end(price: LayerPrice, tied: Array, layout: StateLayout, work: Array, machine: Machine) -> EndRates:
+def _end(
+    price: LayerPrice, tied: Array, layout: StateLayout, num_microbatches: Array, machine: Machine
+) -> EndRates:
     dense = price.dense_params + tied
-    late = _late_grads(dense, price.routed_params, layout, work, machine)
+    late = _late_grads(dense, price.routed_params, layout, num_microbatches, machine)
     backward = price.backward_input_s + price.weight_s
     zero_f, zero_b = layer_sync_s(dense, price.routed_params, price.forward_s, backward, layout, machine)
     keep = 1.0 + machine.engine.fragmentation_frac

@@ -7,6 +7,7 @@ input takes `p2p_s` more; sends overlap with compute. Shapes: P ranks, V chunks 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -150,6 +151,33 @@ def _run(
     ]
     assert not stuck, f"deadlock: {', '.join(stuck)}"
     return starts, ends
+
+
+def on_shared_cores_s(simulation: Simulation, cores: int) -> float:
+    """Seconds of a simulated step whose P ranks share fewer `cores`, rank k the core k mod `cores`.
+
+    The durations hold while all are busy; a rank goes as much faster as others on its core wait.
+    """
+    table, (p, v) = simulation.table, simulation.activation_bytes.shape
+    links = _links(simulation.kind, table, 1 + max(action.microbatch for action in table[0]), v)
+    durations = [(simulation.end_s[k] - simulation.start_s[k]).tolist() for k in range(p)]
+    given, done, now_s = {-1}, [0] * p, 0.0
+    left_s: dict[int, float] = {}
+    while True:
+        for k in range(p):
+            if k not in left_s and done[k] < len(links[k]) and links[k][done[k]][0] in given:
+                left_s[k] = durations[k][done[k]]
+        if not left_s:
+            return now_s
+        busy = Counter(k % cores for k in left_s)
+        speeds = {k: len(range(k % cores, p, cores)) / busy[k % cores] for k in left_s}
+        wait_s = min(s / speeds[k] for k, s in left_s.items())
+        now_s += wait_s
+        ended = [k for k, s in left_s.items() if s <= wait_s * speeds[k] * (1 + 1e-9)]
+        left_s = {k: s - wait_s * speeds[k] for k, s in left_s.items() if k not in ended}
+        for k in ended:
+            given.add(links[k][done[k]][1])
+            done[k] += 1
 
 
 def _peak(order: Sequence[Action], weight: FloatArray) -> float:
