@@ -16,18 +16,21 @@ from dataclasses import dataclass, field, replace
 from planner.batch import Table, fewest_steps, points_of
 from planner.batch_bounds import steps_bound_s
 from planner.costmodel.sequences import Menu
+from planner.program import SLACK
 from planner.relaxation import Count, Relaxed, Span, relax
 
 _NARROW = 0.01  # of the incumbent: intervals below it are not cut
+_NARROW_ONE = 0.003  # the same of a single micro-step
 _ROOTS = 3  # numbers of micro-steps that are all looked at before any is cut
 _MOST_COUNTED = 16  # groups side by side that are so wide that their number is branched on
 _WHOLE, _MANY = 0.02, 1 << 20
+_ALIKE = 0.004  # of their time, by which guides are told apart
 _BETTER = 0.993  # an incumbent that much shorter makes it worth relaxing again what is not cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class _Node:
-    """`at_least`: this many micro-steps or more, about which only the quick bound is known."""
+    """`at_least`: this many micro-steps or more; `tight`: whether they were relaxed together."""
 
     bound_s: float
     number: int
@@ -35,6 +38,7 @@ class _Node:
     low_s: float
     high_s: float
     at_least: bool = False
+    tight: bool = False
     counts: tuple[Count, ...] = field(default=(), compare=False)
 
 
@@ -54,6 +58,13 @@ class Guide:
         """Seconds of all micro-steps."""
         return sum(self.lasts_s) + (self.counts - 1) * max(self.lasts_s)
 
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """The same for guides whose micro-steps last about as long."""
+        return tuple(round(last / (_ALIKE * self.time_s)) for last in self.lasts_s) + (
+            round(math.log(self.time_s) / _ALIKE),
+        )
+
 
 class Tree:
     """The open nodes; `expand` one at a time."""
@@ -62,6 +73,7 @@ class Tree:
         self.menu, self.table, self.points = menu, table, points_of(table)
         self.fixed_s = float(table.fixed_K[table.usable()].min()) if len(table.usable()) else 0.0
         self.number = itertools.count()
+        self.kinds: tuple[int, ...] = ()  # of the last relaxation's program
         self._open: list[_Node] = []
         self._closed: dict[_Node, float] = {}  # not to be cut, and the incumbent that they were relaxed under
         fewest = fewest_steps(menu, table) if len(table.usable()) else 1
@@ -98,7 +110,7 @@ class Tree:
         while self._open and self._open[0].bound_s < upper_s:
             node = self._next(upper_s)
             if node.at_least:
-                self._count(node)
+                self._count(node, upper_s)
                 continue
             guide = self._relaxed(node, upper_s)
             if guide is not None:
@@ -115,33 +127,56 @@ class Tree:
         heapq.heapify(self._open)
         return node
 
-    def _count(self, node: _Node) -> None:
-        """Split "so many micro-steps or more" into so many, and more."""
+    def _count(self, node: _Node, upper_s: float) -> None:
+        """Split "so many micro-steps or more" into so many, and more; relax it first where that may close it."""
+        if node.steps >= self.first_steps and not node.tight:
+            spans = self._spans(node, upper_s)
+            if not spans:
+                return
+            relaxed = relax(self.menu, self.table, self.points, spans, upper_s, (), self.kinds)
+            bound = node.bound_s if relaxed is None else max(node.bound_s, relaxed.bound_s)
+            heapq.heappush(self._open, replace(node, bound_s=bound, tight=True))
+            return
         self._push(node.bound_s, node.steps, 0.0, math.inf)
         if node.steps < len(self.table.tokens_N):
             more = steps_bound_s(self.menu, self.table, self.points, node.steps + 1, at_least=True)
             self._push(max(node.bound_s, more), node.steps + 1, 0.0, math.inf, at_least=True)
 
-    def _relaxed(self, node: _Node, upper_s: float) -> Guide | None:
-        """Relax; the node's parts are open or closed again. None if it has no dispatch shorter than `upper_s`."""
+    def _spans(self, node: _Node, upper_s: float) -> tuple[Span, ...]:
+        """The longest micro-step and the others, if they last shorter than `upper_s`; () if they cannot."""
         others, counts = node.steps - 1, self.menu.longest_counts
-        low = max(node.low_s, node.bound_s / (others + counts))
+        low = node.low_s if node.at_least else max(node.low_s, node.bound_s / (others + counts))
         high = min(node.high_s, (upper_s - others * self.fixed_s) / counts)
         if high < low:
+            return ()
+        longest = Span(low_s=low, high_s=high, count=1, weight=counts)
+        if not others:
+            return (longest,)
+        rest = min(high, upper_s - counts * low - (others - 1) * self.fixed_s)
+        if node.at_least:
+            more = math.ceil(upper_s / self.fixed_s) if self.fixed_s > 0 else _MANY
+            return longest, Span(low_s=min(self.fixed_s, rest), high_s=rest, count=others, more=more)
+        least = node.bound_s - counts * high if others == 1 else 0.0
+        return longest, Span(low_s=min(max(self.fixed_s, least), rest), high_s=rest, count=others)
+
+    def _relaxed(self, node: _Node, upper_s: float) -> Guide | None:
+        """Relax; the node's parts are open or closed again. None if it has no dispatch shorter than `upper_s`."""
+        others, counts, spans = node.steps - 1, self.menu.longest_counts, self._spans(node, upper_s)
+        if not spans:
             return None
-        spans = [Span(low_s=low, high_s=high, count=1, weight=counts)]
-        if others:
-            rest = min(high, upper_s - counts * low - (others - 1) * self.fixed_s)
-            spans.append(Span(low_s=min(self.fixed_s, rest), high_s=rest, count=others))
-        relaxed = relax(self.menu, self.table, self.points, tuple(spans), upper_s, node.counts)
+        low, high = spans[0].low_s, spans[0].high_s
+        relaxed = relax(self.menu, self.table, self.points, spans, upper_s, node.counts, self.kinds)
         if relaxed is None:
             self._closed[node] = upper_s
         if relaxed is None or relaxed.bound_s == math.inf:
             return None
+        self.kinds = relaxed.solved
         bound = max(node.bound_s, relaxed.bound_s)
+        if bound > sum(span.weight * span.count * span.high_s for span in spans) * SLACK:
+            return None
         first = relaxed.last_s[0]
         cut = min(max(first, low + 0.2 * (high - low)), high - 0.2 * (high - low))
-        if others and high - low > _NARROW * upper_s and bound < upper_s:
+        if high - low > (_NARROW if others else _NARROW_ONE) * upper_s and bound < upper_s:
             self._push(bound, node.steps, low, cut, counts=node.counts)
             self._push(bound, node.steps, cut, high, counts=node.counts)
         elif bound >= upper_s or not self._counted(replace(node, bound_s=bound, low_s=low, high_s=high), relaxed):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,9 +34,10 @@ _GROWTH = (1.05, 1.12, 1.2, 1.4, 1.8, 3.0, 7.0, 28.0)  # of the bound, until a f
 _FIRST_STEPS, _LEADS = 7, (1.0, 1.5, 3.0)  # micro-steps from the fewest on, and how much longer the first lasts
 _LONGER = (0.004, 0.01, 0.02, 0.035, 0.06, 0.1, 0.17, 0.28, 0.45)  # than relaxed, targets
 _LONGER_FIRST, _TRIES = (0.02, 0.05, 0.1, 0.25, 0.6), 2  # of a new guide, and targets of all after each relaxation
-_LONGER_WHOLE, _KINDS_WHOLE = (0.004, 0.012, 0.025, 0.05), 12
+_LONGER_WHOLE, _ALIKE_WHOLE = (0.004, 0.012, 0.025, 0.05), 1  # kinds of each number of ranks beside those used
 _RULE_GAP_FRAC = 0.002  # of its bound, where a rule of somebody else's stops
-_RELAXATIONS = 64  # at most
+_RELAXATIONS, _ALL_FOLLOWED = 96, 8  # at most, and the first of them that best fit follows all
+_RESERVE_FRAC = 0.08  # of the time, for what no look at the clock interrupts
 _SINGLE_FRAC = 0.3  # of the time, at most, for groups of a single kind
 _STRATEGIES = 2  # of those that a relaxation uses, tried with all of their kinds
 
@@ -120,7 +122,7 @@ def dispatch(
     checked(menu, lengths)
     start_s = clock()
     table = table_of(menu, lengths)
-    single_s, end_s = start_s + _SINGLE_FRAC * time_limit_s, start_s + time_limit_s
+    single_s, end_s = start_s + _SINGLE_FRAC * time_limit_s, start_s + (1 - _RESERVE_FRAC) * time_limit_s
     if start is None and static_kind is not None:
         start = packed(menu, table, static_kind)
     best = best_packed(menu, table, lambda: clock() > single_s, start)
@@ -172,20 +174,24 @@ def _shorten(
     """The shortest placement found, `best` if none is shorter, and a bound on all of them.
 
     Relaxations (branching.py) say how long micro-steps would last and which kinds they would use; best fit tries
-    that, a little longer each time, of a few relaxations the shortest target first. It ends when the answer is within
-    `gap_frac` of the bound, nothing is left to try, or, once there is an answer, it is late.
+    that, a little longer each time, of a few relaxations the shortest target first. Later on every second relaxation
+    only raises the bound, as does one whose micro-steps last like those of another before. It ends when the answer is
+    within `gap_frac` of the bound, nothing is left to try, or, once there is an answer, it is late.
     """
     tree, fit = Tree(menu, table), BestFit(menu, table)
     best = best or _first_placed(fit, tree.bound_s)
     if best is None:
         return None, tree.bound_s
     tries: list[_Try] = []
+    followed: set[tuple[int, ...]] = set()
     relaxations = iter(range(_RELAXATIONS))
     while best.time_s > tree.bound_s / (1 - gap_frac) and not late():
-        guide = tree.expand(best.time_s) if next(relaxations, None) is not None else None
-        if guide is not None:
-            best = _quickly(fit, guide, best, late)
+        number = next(relaxations, _RELAXATIONS)
+        guide = tree.expand(best.time_s) if number < _RELAXATIONS else None
+        if guide is not None and (number < _ALL_FOLLOWED or number % 2) and guide.alike not in followed:
+            followed.add(guide.alike)
             best = _in_whole_groups(fit, tree, guide, best, late)
+            best = _quickly(fit, guide, best, late)
             target = guide.time_s * (1 + _LONGER[0])
             heapq.heappush(tries, _Try(target_s=target, number=next(tree.number), guide=guide))
         for _ in range(_TRIES):
@@ -219,11 +225,22 @@ def _in_whole_groups(fit: BestFit, tree: Tree, guide: Guide, best: Placed, late:
         if target >= best.time_s or late():
             break
         limits = tuple(last * target / guide.time_s for last in guide.lasts_s)
-        whole = whole_groups(fit.menu, fit.table, tree.points, limits, guide.relaxed.kinds[:_KINDS_WHOLE])
+        whole = whole_groups(fit.menu, fit.table, tree.points, limits, _whole_kinds(fit.menu, guide))
         if whole is not None:
             found = filled(fit, tree.points, whole, late)
             return found if found is not None and found.time_s < best.time_s else best
     return best
+
+
+def _whole_kinds(menu: Menu, guide: Guide) -> tuple[int, ...]:
+    """The kinds that the relaxation uses, and the cheapest others of each number of ranks."""
+    kinds, used = guide.relaxed.kinds, len(guide.relaxed.groups)
+    found, alike = list(kinds[:used]), Counter[int]()
+    for k in kinds[used:]:
+        alike[menu.groups[k].ranks] += 1
+        if alike[menu.groups[k].ranks] <= _ALIKE_WHOLE:
+            found.append(k)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

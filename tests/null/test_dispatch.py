@@ -13,7 +13,7 @@ from dispatch_menus import flexsp_menu, toy_menu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.batch import table_of
+from planner.batch import points_of, table_of
 from planner.batch_bounds import bound_s
 from planner.branching import tight_bound_s
 from planner.costmodel.pipeline import ScheduleKind
@@ -21,6 +21,7 @@ from planner.costmodel.schedule import actions
 from planner.costmodel.sequences import Menu
 from planner.dispatch import Dispatch, DoesNotFit, dispatch, static_dispatch, token_weights
 from planner.distributions import named
+from planner.relaxation import Span, relax
 
 
 def never() -> float:
@@ -176,6 +177,22 @@ def test_relaxations_are_below_brute_force(seed: int, lockstep: bool) -> None:
     optimum = (best_lockstep_s if lockstep else best_apart_s)(menu, lengths)
     for upper in (optimum, 1.2 * optimum, 3 * optimum):
         assert 0 < tight_bound_s(menu, table, upper, 40) <= optimum * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_a_relaxation_over_few_kinds_says_what_one_over_all_kinds_does(lockstep: bool) -> None:
+    menu, low = replace(flexsp_menu(64), lockstep=lockstep), np.inf
+    every = tuple(range(len(menu.groups)))
+    for seed in range(4):
+        table = table_of(menu, named("github").cut(196_608).sample(300, seed))
+        points, bound = points_of(table), bound_s(menu, table)
+        spans = (Span(low_s=0.5 * bound, high_s=1.5 * bound, count=1), Span(low_s=0.7, high_s=bound, count=2))
+        for used in (spans, spans[:1]):
+            full, few = (relax(menu, table, points, used, 4 * bound, (), start) for start in (every, ()))
+            assert full is not None and few is not None and len(few.solved) <= len(every)
+            assert few.bound_s == pytest.approx(full.bound_s, rel=1e-3)
+            low = min(low, full.bound_s)
+    assert 0 < low < np.inf
 
 
 def one_f_one_b_s(micro_batches: list[float], pp: int, forward: float) -> float:

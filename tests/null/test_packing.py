@@ -140,6 +140,9 @@ def test_whole_groups_hold_every_sequence_once_in_the_ranks_there_are(lockstep: 
         filling.level(lambda: False)
         assert filling.over_G.max() <= before
         better += filling.over_G.max() < before
+        slowest = [filling.over_G[filling.step_G == step].max() for step in range(steps)]
+        filling.shorten(lambda: False)
+        assert all(filling.over_G[filling.step_G == step].max() <= slowest[step] for step in range(steps))
         placed = filling.placed()
         held = sorted(i for step in placed.steps for group in step for part in group.parts for i in part)
         assert held == list(range(len(table.tokens_N)))
