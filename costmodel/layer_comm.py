@@ -89,26 +89,31 @@ def gather_s(num_bytes: float, keys: Keys, machine: Machine) -> Array:
 def context_parallel_s(
     facts: LayerFacts, keys: Keys, machine: Machine, attention_f: Array, attention_b: Array
 ) -> tuple[Array, Array]:
-    """Exposed CP communication of the attention ops.
+    """Exposed CP communication of the attention ops: the ring's hops are hidden behind attention."""
+    ulysses_s, ring_s = context_calls_s(facts, keys, machine)
+    overlap = machine.engine.overlap_cp
+    return ulysses_s + exposed(ring_s, attention_f, overlap), ulysses_s + exposed(2 * ring_s, attention_b, overlap)
 
-    Ulysses (Jacobs et al. 2023, section 3): all-to-all of q, k, v before and of the output after attention,
-    both ways; KV heads are replicated up to the degree. Ring (Liu et al. 2023, section 3): ring-1 hops of the
-    local K and V forward; K, V and their gradients backward; hidden behind attention.
+
+def context_calls_s(facts: LayerFacts, keys: Keys, machine: Machine) -> tuple[Array, Array]:
+    """Seconds of a forward pass's (all-to-alls, ring hops) of the attention ops, hidden or not.
+
+    Ulysses (Jacobs et al. 2023, section 3): all-to-all of q, k, v before and of the output after attention, both ways;
+    KV heads are replicated up to the degree. Ring (Liu et al. 2023, section 3): ring-1 hops of the local K and V
+    forward; backward twice as many, K and V and their gradients. A ring's turn lasts as long as its slowest hop: the
+    one from its last rank to its first crosses whatever the ring spans.
     """
-    fwd, bwd = np.zeros_like(keys.tp), np.zeros_like(keys.tp)
+    ulysses_s, ring_s = np.zeros_like(keys.tp), np.zeros_like(keys.tp)
     for op in facts.attentions:
         a = op.attention
         assert a is not None
         u_fwd, hop_bytes = attention_bytes(a, keys, machine)
         sizes = (keys.tp, keys.ulysses)
         calls = [comm.all_to_all_s(machine.cluster, machine.domains, b, *sizes) for b in u_fwd]
-        ulysses_s = np.where(keys.ulysses > 1, calls[0] + calls[1], 0.0)
-        hop = comm.send_recv_s(machine.cluster, machine.domains, hop_bytes, keys.tp * keys.ulysses)
-        ring_f = np.where(keys.ring > 1, (keys.ring - 1) * hop, 0.0)
-        overlap = machine.engine.overlap_cp
-        fwd = fwd + ulysses_s + exposed(ring_f, attention_f, overlap)
-        bwd = bwd + ulysses_s + exposed(2 * ring_f, attention_b, overlap)
-    return fwd, bwd
+        ulysses_s = ulysses_s + np.where(keys.ulysses > 1, calls[0] + calls[1], 0.0)
+        stride, hops = keys.tp * keys.ulysses, keys.ring - 1
+        ring_s = ring_s + hops * comm.send_recv_s(machine.cluster, machine.domains, hop_bytes, stride * hops)
+    return ulysses_s, ring_s
 
 
 def attention_bytes(a: Attention, keys: Keys, machine: Machine) -> tuple[tuple[Array, Array], Array]:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import toy
 from shapes_for_tests import GPT, LLAMA, graph, keys, one, with_module_head
 
 from planner.costmodel import comm, compute
@@ -14,6 +15,7 @@ from planner.costmodel.facts import layer_facts
 from planner.costmodel.graph import OpKind
 from planner.costmodel.kernels import CHUNK_KERNELS, CHUNK_ROWS, chunked_head, weight_sum_bytes
 from planner.costmodel.keys import Machine
+from planner.costmodel.layer_comm import context_calls_s
 from planner.costmodel.presets import load_cluster
 from planner.costmodel.price import IN_STEP_GEMM, LayerPrice, host_bound_s, price_layer
 from planner.reports.shapes import Shape
@@ -97,6 +99,16 @@ def test_backward_of_column_parallel_gemms_hides_behind_weight_gradients() -> No
     a, b = (price(e, tp=8, micro_batch_size=4) for e in (bare, half))
     assert b.tp_f == a.tp_f
     assert b.tp_b == pytest.approx(a.tp_b - 0.5 * np.minimum(a.tp_b, a.gemm_b + a.gemm_w))
+
+
+@pytest.mark.parametrize(("ulysses", "ring", "rate"), [(1, 8, 100e9), (1, 16, 10e9), (4, 2, 100e9), (8, 2, 10e9)])
+def test_a_ring_is_as_slow_as_its_slowest_hop(ulysses: int, ring: int, rate: float) -> None:
+    """2 x 2sh bytes of K and V over all ranks; 100 GB/s in a node of 8, 10 GB/s between nodes."""
+    engine = get_engine("planner")
+    m = Machine(cluster=toy.TWO_TIERS, domains=(8, 16), num_gpus=16, engine=engine, dtype="bfloat16", dtype_bytes=2)
+    _, ring_s = context_calls_s(layer_facts(graph().classes[0], engine), keys(ulysses=ulysses, ring=ring), m)
+    hop_bytes = 2 * 2.0 * GPT.seq_len * GPT.hidden / (ulysses * ring)
+    assert ring_s == pytest.approx((ring - 1) * hop_bytes / rate)
 
 
 def test_host_bound_time_by_hand() -> None:
