@@ -1,5 +1,9 @@
 """Attention of one sequence, priced by its length: shared by all state layouts with the same tensor parallelism.
 
+What a pack of sequences sends, it sends together: one all-to-all of all its tokens, and in every turn of a ring one hop
+with the keys and values of all of them (runtime/attention.py, as in Transformer Engine's packed context parallelism).
+So a call's start is paid once a pack, and a sequence adds what its bytes take at the rate of long messages.
+
 Legend: G lengths of the grid, C layer classes, U group shapes.
 """
 
@@ -12,11 +16,11 @@ import numpy as np
 from planner.costmodel.estimate import ModelFacts
 from planner.costmodel.facts import LayerFacts
 from planner.costmodel.keys import Array, Keys, Machine
+from planner.costmodel.layer_comm import context_calls_s
 from planner.costmodel.layer_times import scaled_to_measured
 
 _SHORTEST = 16  # tokens; shorter sequences cost per token what this one does
 _STEPS_PER_OCTAVE = 1
-_PARTS = ("attention_f", "attention_b", "cp_f", "cp_b")
 
 
 def attention_at(facts: ModelFacts, seq_len: int) -> tuple[LayerFacts, ...]:
@@ -51,9 +55,9 @@ def length_grid(longest: int) -> Array:
 
 
 class AttentionPrices:
-    """Seconds of attention forward and backward and of its communication likewise, by length, class and shape.
+    """Seconds of attention forward and backward, and of a forward pass's all-to-alls and ring hops, hidden or not.
 
-    `redone`: by class, whether selective recomputation redoes it.
+    By length, class and shape. `redone`: by class, whether selective recomputation redoes attention.
     """
 
     def __init__(self, facts: ModelFacts, machine: Machine, longest: int) -> None:
@@ -63,11 +67,27 @@ class AttentionPrices:
         self._kept: dict[tuple[float, ...], Array] = {}
 
     def of(self, keys: Keys) -> Array:
-        """(parts, 1 + G, C, U) at keys of one sequence a micro-batch; the first length is a single token."""
+        """(4, 1 + G, C, U) at keys of one sequence: what a call costs whatever it holds, then what each length adds."""
         columns = (keys.tp, keys.sp, keys.vocab_parallel, keys.ulysses, keys.ring)
         shapes = [tuple(shape) for shape in np.stack(columns, axis=1).tolist()]
         if any(shape not in self._kept for shape in shapes):
-            rows = [[scaled_to_measured(layer, keys, self._machine) for layer in layers] for layers in self._at]
-            priced = np.array([[[getattr(price, part) for price in row] for row in rows] for part in _PARTS])
+            priced = np.concatenate([self._attention(keys), self._calls(keys)])
             self._kept.update((shape, priced[..., u]) for u, shape in enumerate(shapes))
         return np.stack([self._kept[shape] for shape in shapes], axis=-1)
+
+    def _attention(self, keys: Keys) -> Array:
+        """(2, 1 + G, C, U): forward and backward; a call costs what a single token does."""
+        rows = [[scaled_to_measured(layer, keys, self._machine) for layer in layers] for layers in self._at]
+        seconds = np.array([[[getattr(p, way) for p in row] for row in rows] for way in ("attention_f", "attention_b")])
+        seconds[:, 1:] -= seconds[:, :1]
+        return seconds
+
+    def _calls(self, keys: Keys) -> Array:
+        """(2, 1 + G, C, U): all-to-alls and hops, straight through their seconds at the two longest lengths."""
+        near, far = (
+            np.array([context_calls_s(layer, keys, self._machine) for layer in layers]).swapaxes(0, 1)
+            for layers in self._at[-2:]
+        )
+        last = self.grid[-1]
+        slope = np.minimum((far - near) / (last - self.grid[-2]), far / last)
+        return np.concatenate([(far - slope * last)[:, None], slope[:, None] * self.grid[:, None, None]], axis=1)

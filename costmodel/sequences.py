@@ -3,8 +3,9 @@
 A group of d = ulysses x ring ranks that holds sequences s_1, s_2, ... takes fixed_s + sum_i c(s_i): everything but
 attention is linear in tokens (its slope and intercept are those of the cost model between a quarter and all of the
 expected tokens per rank), attention is priced at every length on its own, so the sum carries both sum s and sum s^2
-(SYSTEMS.md 3.3). Ulysses and ring communication cross the tiers that the group spans, none at degree 1; ring
-transfers and activation swaps hide behind the compute of their own sequence only (MODELLED, on the safe side).
+(SYSTEMS.md 3.3). Ulysses and ring communication cross the tiers that the group spans, none at degree 1; what a call
+costs before its first byte is in fixed_s, once a pack. Ring transfers and activation swaps hide behind the compute of
+their own sequence only (MODELLED, on the safe side; exact where one of both is longer for all sequences of the pack).
 Memory is linear in the tokens of a group; every layer of a stage has the same strategy. With ep an expert group is
 `ep` neighbouring data ranks, of whatever groups: rows are priced where they come from, as if every rank had as many
 (balanced routing evens experts' work out over the ranks; that groups wait for each other at an exchange is not in).
@@ -24,6 +25,7 @@ from planner.costmodel.estimate import ModelFacts, price_model
 from planner.costmodel.facts import LayerFacts
 from planner.costmodel.graph import ModelGraph
 from planner.costmodel.keys import Array, Keys, Machine
+from planner.costmodel.layer_comm import exposed
 from planner.costmodel.rates import Rates, build_rates
 from planner.costmodel.sequence_attention import AttentionPrices
 from planner.costmodel.state import StateLayout, step_sync
@@ -144,7 +146,7 @@ def menu(
     busy = int(np.argmax(stages.forward_PK[:, -1] + stages.backward_PK[:, -1]))
     prices = prices or AttentionPrices(facts, machine, longest)
     grid = prices.grid
-    attention = _Attention(prices, shape, degrees, _counts(graph, shape.pp)[busy])
+    attention = _Attention(prices, shape, degrees, _counts(graph, shape.pp)[busy], machine.engine.overlap_cp)
     groups = []
     for s, strategy in enumerate(STRATEGIES):
         linear_s = stages.forward_PK[busy] + stages.backward_PK[busy] + stages.extra_PSK[busy, s]
@@ -288,36 +290,32 @@ def _rooms(
 
 
 class _Attention:
-    """Attention and its communication of one sequence on the busiest stage, by length and group shape.
+    """Attention and its communication on the busiest stage, by length and group shape.
 
-    `held`: layers of each class on that stage.
+    First what a pack pays once, then what a sequence of each length adds, arrays (1 + G, U). `held`: layers of each
+    class on that stage. A ring's start is not hidden, its bytes are behind the attention of their own sequence.
     """
 
     def __init__(
-        self, prices: AttentionPrices, shape: DataShape, degrees: tuple[tuple[int, int], ...], held: Array
+        self, prices: AttentionPrices, shape: DataShape, degrees: tuple[tuple[int, int], ...], held: Array,
+        overlap: float,
     ) -> None:  # fmt: skip
         self.grid, self.held, self.cp = prices.grid, held, np.array([float(u * r) for u, r in degrees])
-        attention_f, attention_b, cp_f, cp_b = prices.of(_keys(shape, degrees, np.ones(len(degrees))))
-        comm_f, comm_b = (self._calls(np.einsum("c,gcu->gu", held, comm), degrees) for comm in (cp_f, cp_b))
-        self.forward = comm_f + np.einsum("c,gcu->gu", held, attention_f)
-        self.backward = comm_b + np.einsum("c,gcu->gu", held, attention_b)
+        attention_f, attention_b, ulysses, ring = prices.of(_keys(shape, degrees, np.ones(len(degrees))))
+
+        def whole(attention: Array, hops: Array) -> Array:
+            sent = np.concatenate([hops[:1], exposed(hops[1:], attention[1:], overlap)])
+            return np.asarray(np.einsum("c,gcu->gu", held, attention + ulysses + sent))
+
+        self.forward, self.backward = whole(attention_f, ring), whole(attention_b, 2 * ring)
         self.core = np.einsum("c,gcu->gu", held * prices.redone, attention_f)
 
-    def _calls(self, comm: Array, degrees: tuple[tuple[int, int], ...]) -> Array:
-        """Ulysses sends a whole pack in one call: its start is paid once, so only the slope goes with the tokens."""
-        for u, (_, ring) in enumerate(degrees):
-            if ring == 1:
-                slope = (comm[-1, u] - comm[-2, u]) / (self.grid[-1] - self.grid[-2])
-                comm[0, u] = comm[-1, u] - slope * self.grid[-1]
-                comm[1:, u] = comm[0, u] + slope * self.grid
-        return comm
-
     def seconds(self, strategy: int, u: int) -> tuple[Array, float]:
-        """(seconds of a sequence by length beyond what any call costs, what a call costs)."""
+        """(seconds that a sequence adds, by length; what a pack pays once)."""
         kind = STRATEGIES[strategy].recompute
         redo = {"none": 0.0 * self.core, "selective": self.core, "full": self.forward}[kind]
         total = (self.forward + self.backward + redo)[:, u]
-        return np.asarray(total[1:] - total[0]), float(total[0])
+        return total[1:], float(total[0])
 
 
 def _relief_s(
@@ -334,7 +332,7 @@ def _relief_s(
     forward = float(held @ rates.forward_s_CK[:, at]) / full
     backward = float(held @ (rates.backward_s_CK + rates.weight_s_CK)[:, at] + held @ redo) / full
     hidden = np.zeros_like(attention.grid)
-    own_f = attention.forward[1:, u] - attention.forward[0, u]
+    own_f = attention.forward[1:, u]
     own_s, _ = attention.seconds(s, u)
     for linear, more in ((forward, own_f), (backward, own_s - own_f)):
         hidden = hidden + np.minimum(copy, linear + more * ranks / attention.grid) - min(copy, linear)
