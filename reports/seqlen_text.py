@@ -39,11 +39,14 @@ _BUFFER_BYTES = 64e6  # of an all-to-all, about what a micro-batch sends
 # ByteScale over its static data x context parallelism (arXiv 2502.21231): of Byted's corpus the case study's 520 s
 # against 157 s on 1,024 GPUs, and the most; of GitHub balanced over data ranks.
 BYTESCALE = {"byted": "3.31 to 4.26", "github": "6.21 to 7.89"}
-SYSTEMS = ("adaptive", "best static", "flexsp-like", "batch-adaptive", "ulysses static", "as run", "tp x cp static",
-           "hybrid cp")  # fmt: skip
+SYSTEMS = ("adaptive", "best static", "flexsp-like", "bytescale-like", "batch-adaptive", "ulysses static", "as run",
+           "tp x cp static", "hybrid cp")  # fmt: skip
 # (faster, slower): speed-ups that the table shows.
 SPEEDUPS = (("adaptive", "best static"), ("adaptive", "hybrid cp"), ("adaptive", "as run"),
-            ("flexsp-like", "ulysses"), ("flexsp-like", "tp x cp static"))  # fmt: skip
+            ("flexsp-like", "ulysses"), ("flexsp-like", "tp x cp static"), ("bytescale-like", "as run"))  # fmt: skip
+# What a static plan may do, from FlexSP's baseline to all of ours: system, and what the table calls it.
+MEANS = (("as run", "as run"), ("ulysses static", "any degree"), ("swap static", "and swap"),
+         ("ring static", "and ring"), ("best static", "and any layout"))  # fmt: skip
 
 
 def name_of(longest: int, corpus: str, model: str) -> str:
@@ -90,16 +93,16 @@ class Row:
 
     def published(self, faster: str, slower: str) -> str:
         """What was published for `speedup`, "" for nothing."""
-        key = _KEYS.get(self.name)
+        key = _KEYS.get(self.name.split(",")[0])
         at = {"ulysses": 0, "tp x cp static": 1}.get(slower)
         if faster == "flexsp-like" and key is not None and at is not None:
             return f"{PUBLISHED[key][at]:.2f}"
         corpus = next((corpus for corpus in BYTESCALE if key is None and corpus in self.name), None)
-        return BYTESCALE[corpus] if corpus is not None and slower == "as run" else ""
+        return BYTESCALE[corpus] if corpus is not None and faster == "bytescale-like" else ""
 
     def order(self) -> str:
         """Whether the four published systems come in the published order; "" where there are not four."""
-        key = _KEYS.get(self.name)
+        key = _KEYS.get(self.name.split(",")[0])
         if key not in BATCH_ADAPTIVE:
             return ""
         deepspeed, megatron = PUBLISHED[key]
@@ -115,6 +118,7 @@ def text(head: list[str], families: dict[str, list[Row]], cluster: ClusterSpec) 
     lines = list(head)
     for family, rows in families.items():
         lines += ["", f"## {family}", "", *_table(rows)]
+    lines += ["", "## What each means is worth to a static plan", "", *_means(families.get("flexsp", []))]
     return "\n".join([*lines, "", "## The all-to-all on FlexSP's cluster", "", *_all_to_all(cluster)]) + "\n"
 
 
@@ -132,20 +136,38 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _means(rows: list[Row]) -> list[str]:
+    """Markdown lines: seconds of static plans by what they may do, and in brackets the adaptive speed-up over each."""
+    head = ["workload", *(f"{name} s" for _, name in MEANS), "flexsp-like over any degree"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [_over(row.mean_s(system), row.speedup("adaptive", system)) for system, _ in MEANS]
+        like = _beside(row.speedup("flexsp-like", "ulysses static"), row.published("flexsp-like", "ulysses"))
+        lines.append("| " + " | ".join([row.name, *cells, like]) + " |")
+    return lines
+
+
+def _over(mean_s: float | None, speedup: float | None) -> str:
+    return "-" if mean_s is None or speedup is None else f"{mean_s:.2f} ({speedup:.2f})"
+
+
 def _beside(ours: float | None, said: str) -> str:
     if ours is None:
         return "-"
     return f"{ours:.2f} ({said})" if said else f"{ours:.2f}"
 
 
+def all_to_all_rate(cluster: ClusterSpec, degree: int) -> float:
+    """Bytes per second and GPU of an all-to-all over `degree` neighbours of 64, as the cost model has it."""
+    seconds = comm.all_to_all_s(cluster, cluster.domain_sizes(64), _BUFFER_BYTES, 1, degree)
+    return float(_BUFFER_BYTES / seconds)
+
+
 def _all_to_all(cluster: ClusterSpec) -> list[str]:
     """Markdown lines: our price of an all-to-all beside the rate that FlexSP's solver has."""
-    degrees = np.array(list(ALL_TO_ALL))
-    domains = cluster.domain_sizes(64)
-    seconds = comm.all_to_all_s(cluster, domains, _BUFFER_BYTES, np.ones_like(degrees), degrees)
     lines = ["| degree | FlexSP's solver GB/s | ours GB/s | ours over theirs |", "|---|---|---|---|"]
-    for (degree, said), own_s in zip(ALL_TO_ALL.items(), seconds, strict=True):
-        own = _BUFFER_BYTES / own_s / GB
+    for degree, said in ALL_TO_ALL.items():
+        own = all_to_all_rate(cluster, degree) / GB
         lines.append(f"| {degree} | {said:.2f} | {own:.2f} | {own / said:.2f} |")
     return lines
 
