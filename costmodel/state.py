@@ -205,7 +205,7 @@ def once_s(layers: Array, layout: StateLayout, machine: Machine) -> Array:
     shard = np.where(zero >= 1, layout.shard, 1.0)
     calls = latency_s(comm.all_reduce_s, layout.tp * shard, layout.data_ranks / shard)
     calls = calls + np.where((zero == 1) | (zero == 2), gather, 0.0) + np.where(zero == 1, scatter, 0.0)
-    waits = (layout.data_ranks > 1) & engine.blocking_launches
+    waits = (layout.data_ranks > 1) & engine.blocking_launches & engine.gathers_copies
     return np.where(waits, layers * host + np.maximum(layers - 1, 0.0) * calls, 0.0)
 
 
