@@ -20,7 +20,7 @@ ALLOWED = {
     # The recorder asks the kernels' registry for FLOPs and bytes, and the kernels are timed; kernels imports nobody.
     # What the runtime costs the host is measured by running it (runtime_bench.py).
     "profiler": ("planner.profiler", "planner.costmodel", "planner.kernels", "planner.runtime.apply",
-                 "planner.runtime.parallel", "planner.runtime.zero"),
+                 "planner.runtime.optimizer", "planner.runtime.parallel", "planner.runtime.zero"),
     "planner": ("planner.",),
     "runtime": ("planner.runtime", "planner.costmodel", "planner.kernels", "planner.plan", "planner.errors",
                 "planner.files", "planner.check", "planner.profiler.load", "planner.profiler.hf",
