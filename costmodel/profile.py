@@ -123,9 +123,10 @@ class Sample:
         for name, value in (*self.dims.items(), ("time_s", self.time_s)):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{where}: {name} must be > 0, not {value!r}")
-        for name, value in (("spread_frac", self.spread_frac), ("wall_s", self.wall_s)):
-            if not (math.isfinite(value) and value >= 0 and self.saved_bytes >= 0):
-                raise ValueError(f"{where}: {name} and saved_bytes must be >= 0")
+        others = {"spread_frac": self.spread_frac, "saved_bytes": self.saved_bytes, "wall_s": self.wall_s}
+        for name, value in others.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{where}: {name} must be >= 0, not {value!r}")
         if self.repeats < 1 or self.condition < 0:
             raise ValueError(f"{where}: repeats must be at least 1 and condition an index")
 

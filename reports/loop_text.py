@@ -142,7 +142,8 @@ def _score_table(rows: Sequence[Row]) -> list[str]:
     return [
         *lines,
         "",
-        "`plain`: the cost model as it prices any cluster. `shared cores`: with the idle time of ranks that wait given "
+        "`plain`: the cost model as it prices any cluster; plans without a pipeline, whose ranks all wait for each "
+        "other, by the wall clock of the profile. `shared cores`: with the idle time of ranks that wait given "
         "to those that share their core (reports/loop_plans.py), which only a machine with more ranks than cores has.",
     ]
 

@@ -125,7 +125,7 @@ def test_the_study_was_never_slower_than_a_single_kind() -> None:
                 own, static = row["step_s"]["adaptive"], row["step_s"][system]
                 assert static is None or sum(own) <= sum(static)
                 slower += [a / s for a, s in zip(own, static or own, strict=True) if a > s * (1 + 1e-9)]
-    assert max(slower) < 1.03 and len(slower) <= 3  # as the page says
+    assert max(slower, default=1.0) < 1.03 and len(slower) <= 3  # as the page says
 
 
 @pytest.mark.parametrize(("lockstep", "steps"), [(True, 1), (True, 2), (False, 1)])
