@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,36 @@ def test_imports_point_down(path: Path) -> None:
         assert module == "planner" or module.startswith(ALLOWED[layer]), f"{path}: {layer} imports {module}"
         if layer == "planner" and module.startswith(OTHERS):
             assert commands and not at_top, f"{path}: only the command line imports {module}, and inside a function"
+
+
+@cache
+def defined(module: str) -> set[str]:
+    """Names that a module of ours has at its top, inside `if` and `try` too, and the modules below it."""
+    parts = module.split(".")[1:]
+    path = ROOT.joinpath(*parts) if parts and parts[0] in LAYERS else ROOT.joinpath("planner", *parts)
+    found = {child.stem for child in path.iterdir()} if path.is_dir() else set()
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for statement in ast.parse(file.read_text()).body if file.exists() else ():
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            found.add(statement.name)
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_import_of_ours_names_what_is_there(path: Path) -> None:
+    """Reports that no test runs, above all: they would say so only when somebody wants to measure."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "planner":
+            for alias in node.names:
+                assert alias.name in defined(node.module), f"{path}: {node.module} has no {alias.name}"
 
 
 def test_every_layer_was_looked_at() -> None:
