@@ -25,6 +25,7 @@ _ROOTS = 3  # numbers of micro-steps that are all looked at before any is cut
 _MOST_COUNTED = 16  # groups side by side that are so wide that their number is branched on
 _WHOLE, _MANY = 0.02, 1 << 20
 _ALIKE = 0.004  # of their time, by which guides are told apart
+_SMALL, _FEW_RELAXED, _FEW_CUTS, _CUTS = 1024, 8, 1, 4  # of a small batch the first relaxations are cut less
 _BETTER = 0.993  # an incumbent that much shorter makes it worth relaxing again what is not cut
 
 
@@ -75,6 +76,7 @@ class Tree:
         self.number = itertools.count()
         self.kinds: tuple[int, ...] = ()  # of the last relaxation's program
         self._open: list[_Node] = []
+        self._relaxed_so_far = 0
         self._closed: dict[_Node, float] = {}  # not to be cut, and the incumbent that they were relaxed under
         fewest = fewest_steps(menu, table) if len(table.usable()) else 1
         self.first_steps = fewest + _ROOTS
@@ -117,9 +119,13 @@ class Tree:
                 return guide
         return None
 
+    def roots(self, upper_s: float) -> list[_Node]:
+        """The fewest numbers of micro-steps that were not relaxed yet."""
+        return [n for n in self._open if n.high_s == math.inf and n.bound_s < upper_s and n.steps < self.first_steps]
+
     def _next(self, upper_s: float) -> _Node:
         """The fewest numbers of micro-steps first, once each, then the node with the least bound."""
-        roots = [n for n in self._open if n.high_s == math.inf and n.bound_s < upper_s and n.steps < self.first_steps]
+        roots = self.roots(upper_s)
         if not roots:
             return heapq.heappop(self._open)
         node = min(roots, key=lambda node: (node.steps, node.at_least))
@@ -165,7 +171,10 @@ class Tree:
         if not spans:
             return None
         low, high = spans[0].low_s, spans[0].high_s
-        relaxed = relax(self.menu, self.table, self.points, spans, upper_s, node.counts, self.kinds)
+        few = self._relaxed_so_far < _FEW_RELAXED and len(self.table.tokens_N) <= _SMALL
+        self._relaxed_so_far += 1
+        cuts = _FEW_CUTS if few else _CUTS
+        relaxed = relax(self.menu, self.table, self.points, spans, upper_s, node.counts, self.kinds, cuts)
         if relaxed is None:
             self._closed[node] = upper_s
         if relaxed is None or relaxed.bound_s == math.inf:
@@ -181,6 +190,8 @@ class Tree:
             self._push(bound, node.steps, cut, high, counts=node.counts)
         elif bound >= upper_s or not self._counted(replace(node, bound_s=bound, low_s=low, high_s=high), relaxed):
             self._closed[replace(node, bound_s=bound, low_s=low, high_s=high)] = upper_s
+        if not others:
+            first = max(first, min(bound / counts, high))
         return Guide(lasts_s=(first, *(relaxed.last_s[1:] * others)), counts=counts, relaxed=relaxed)
 
     def _counted(self, node: _Node, relaxed: Relaxed) -> bool:

@@ -26,19 +26,26 @@ from planner.batch import IntArray, Table, fewest_steps, table_of
 from planner.batch_bounds import bound_s
 from planner.branching import Guide, Tree
 from planner.costmodel.sequences import Menu
+from planner.descent import Descents
+from planner.filling import filled
 from planner.packing import best_packed, packed
 from planner.placing import BestFit, Placed, Way
-from planner.rounding import filled, whole_groups
+from planner.rounding import whole_groups
 
 _GROWTH = (1.05, 1.12, 1.2, 1.4, 1.8, 3.0, 7.0, 28.0)  # of the bound, until a first target is met
 _FIRST_STEPS, _LEADS = 7, (1.0, 1.5, 3.0)  # micro-steps from the fewest on, and how much longer the first lasts
 _LONGER = (0.004, 0.01, 0.02, 0.035, 0.06, 0.1, 0.17, 0.28, 0.45)  # than relaxed, targets
-_LONGER_FIRST, _TRIES = (0.02, 0.05, 0.1, 0.25, 0.6), 2  # of a new guide, and targets of all after each relaxation
+_LONGER_FIRST, _TRIES = (0.03, 0.1, 0.3), 2  # of a new guide, and targets of all after each relaxation
 _LONGER_WHOLE, _ALIKE_WHOLE = (0.004, 0.012, 0.025, 0.05), 1  # kinds of each number of ranks beside those used
 _RULE_GAP_FRAC = 0.002  # of its bound, where a rule of somebody else's stops
 _RELAXATIONS, _ALL_FOLLOWED = 96, 8  # at most, and the first of them that best fit follows all
-_RESERVE_FRAC = 0.08  # of the time, for what no look at the clock interrupts
-_SINGLE_FRAC = 0.3  # of the time, at most, for groups of a single kind
+_PROMISING = 1.02  # times the bound, at most, of a single micro-step for which whole groups are looked for
+_SHORTER = 0.998  # times the shortest placement, at most, that whole groups are looked for
+_GROWN = 1.12  # times the shortest placement, at most, where micro-steps grow
+_CHANGES = 60  # of a placement, tried after each relaxation
+_RESERVE_FRAC = 0.1  # of the time, for what no look at the clock interrupts
+_WHOLE_FRAC = 0.7  # of the time, after which no program for whole groups begins
+_SINGLE_FRAC = 0.05  # of the time, at most, for groups of a single kind
 _STRATEGIES = 2  # of those that a relaxation uses, tried with all of their kinds
 
 
@@ -83,6 +90,18 @@ class Dispatch:
         return max(0.0, 1 - self.lower_bound_s / self.step_s)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Late:
+    """Whether a part of the time is over."""
+
+    clock: Callable[[], float]
+    start_s: float
+    limit_s: float
+
+    def __call__(self, part: float = 1 - _RESERVE_FRAC) -> bool:
+        return self.clock() > self.start_s + part * self.limit_s
+
+
 class DoesNotFit(ValueError):
     """A sequence that no group of the menu can hold."""
 
@@ -121,13 +140,12 @@ def dispatch(
     """
     checked(menu, lengths)
     start_s = clock()
-    table = table_of(menu, lengths)
-    single_s, end_s = start_s + _SINGLE_FRAC * time_limit_s, start_s + (1 - _RESERVE_FRAC) * time_limit_s
+    table, late = table_of(menu, lengths), _Late(clock=clock, start_s=start_s, limit_s=time_limit_s)
     if start is None and static_kind is not None:
         start = packed(menu, table, static_kind)
-    best = best_packed(menu, table, lambda: clock() > single_s, start)
+    best = best_packed(menu, table, lambda: late(_SINGLE_FRAC), start)
     method = "one kind"
-    found, bound = _shorten(menu, table, best, gap_frac, lambda: clock() > end_s)
+    found, bound = _shorten(menu, table, best, gap_frac, late)
     if found is not best:
         best, method = found, "best fit"
     if best is None:
@@ -160,44 +178,59 @@ def placed_dispatch(
     """
     checked(menu, lengths)
     start_s = clock()
-    end_s = start_s + time_limit_s
-    table = table_of(menu, lengths)
-    placed, _ = _shorten(menu, change(table), None, _RULE_GAP_FRAC, lambda: clock() > end_s)
+    table, late = table_of(menu, lengths), _Late(clock=clock, start_s=start_s, limit_s=time_limit_s)
+    placed, _ = _shorten(menu, change(table), None, _RULE_GAP_FRAC, late)
     if placed is None:
         raise ValueError("the restriction leaves a sequence no group")
     return _written(menu, table, placed, bound_s(menu, table), "restricted", clock() - start_s)
 
 
 def _shorten(
-    menu: Menu, table: Table, best: Placed | None, gap_frac: float, late: Callable[[], bool]
+    menu: Menu, table: Table, start: Placed | None, gap_frac: float, late: _Late
 ) -> tuple[Placed | None, float]:
-    """The shortest placement found, `best` if none is shorter, and a bound on all of them.
+    """The shortest placement found, `start` if none is shorter, and a bound on all of them.
 
-    Relaxations (branching.py) say how long micro-steps would last and which kinds they would use; best fit tries
-    that, a little longer each time, of a few relaxations the shortest target first. Later on every second relaxation
-    only raises the bound, as does one whose micro-steps last like those of another before. It ends when the answer is
-    within `gap_frac` of the bound, nothing is left to try, or, once there is an answer, it is late.
+    Relaxations (branching.py) say how long micro-steps would last and which kinds they would use. A single one is made
+    by whole groups (rounding.py) and by best fit, a little longer each time, the shortest target first; several in
+    lockstep by best fit too, and from there and from micro-steps that grow by descent (descent.py). Later on every
+    second relaxation only raises the bound, as does one whose micro-steps last like those of another before. It ends
+    when the answer is within `gap_frac` of the bound, nothing is left to try, or, once there is an answer, it is late.
     """
     tree, fit = Tree(menu, table), BestFit(menu, table)
-    best = best or _first_placed(fit, tree.bound_s)
-    if best is None:
+    descents = Descents(fit)
+    found = start or _first_placed(fit, tree.bound_s)
+    if found is None:
         return None, tree.bound_s
+    best = found
     tries: list[_Try] = []
     followed: set[tuple[int, ...]] = set()
+    single: list[Guide] = []  # those of a single micro-step whose whole groups were not looked for yet
     relaxations = iter(range(_RELAXATIONS))
-    while best.time_s > tree.bound_s / (1 - gap_frac) and not late():
+
+    def open_(placed: Placed) -> bool:
+        return placed.time_s > tree.bound_s / (1 - gap_frac) and not late()
+
+    while open_(best):
         number = next(relaxations, _RELAXATIONS)
         guide = tree.expand(best.time_s) if number < _RELAXATIONS else None
         if guide is not None and (number < _ALL_FOLLOWED or number % 2) and guide.alike not in followed:
             followed.add(guide.alike)
-            best = _in_whole_groups(fit, tree, guide, best, late)
             best = _quickly(fit, guide, best, late)
-            target = guide.time_s * (1 + _LONGER[0])
-            heapq.heappush(tries, _Try(target_s=target, number=next(tree.number), guide=guide))
+            if len(guide.lasts_s) == 1:
+                single.append(guide)
+                target = guide.time_s * (1 + _LONGER[0])
+                heapq.heappush(tries, _Try(target_s=target, number=next(tree.number), guide=guide))
+            if menu.lockstep:
+                used = guide.relaxed.kinds[: len(guide.relaxed.groups)]
+                best = descents.grow([menu.groups[k].strategy for k in used], _GROWN, best)
+        while single and not tree.roots(best.time_s):
+            best = _in_whole_groups(fit, tree, single.pop(), best, late)
         for _ in range(_TRIES):
-            if tries and best.time_s > tree.bound_s / (1 - gap_frac) and not late():
+            if tries and open_(best):
                 best = _follow(fit, tries, best, tree.bound_s / (1 - gap_frac), late)
-        if guide is None and not tries:
+        if menu.lockstep and open_(best):
+            best = descents.more(best, _CHANGES, late)
+        if guide is None and not tries and (not menu.lockstep or descents.ended):
             break
     return best, min(tree.bound_s, best.time_s)
 
@@ -217,18 +250,23 @@ def _quickly(fit: BestFit, guide: Guide, best: Placed, late: Callable[[], bool])
     return best
 
 
-def _in_whole_groups(fit: BestFit, tree: Tree, guide: Guide, best: Placed, late: Callable[[], bool]) -> Placed:
-    """What the guide's groups in whole numbers make, in the shortest micro-steps that have such groups."""
+def _in_whole_groups(fit: BestFit, tree: Tree, guide: Guide, best: Placed, late: _Late) -> Placed:
+    """What the guide's groups in whole numbers make, in the shortest micro-step that has such groups, and longer ones.
+
+    Only of a guide that may be among the shortest.
+    """
+    if guide.relaxed.bound_s > _PROMISING * tree.bound_s:
+        return best
     least_s = max(guide.time_s, guide.relaxed.bound_s, tree.bound_s)
     for longer in _LONGER_WHOLE:
         target = least_s * (1 + longer)
-        if target >= best.time_s or late():
+        if target >= _SHORTER * best.time_s or late(_WHOLE_FRAC):
             break
         limits = tuple(last * target / guide.time_s for last in guide.lasts_s)
         whole = whole_groups(fit.menu, fit.table, tree.points, limits, _whole_kinds(fit.menu, guide))
         if whole is not None:
             found = filled(fit, tree.points, whole, late)
-            return found if found is not None and found.time_s < best.time_s else best
+            best = found if found is not None and found.time_s < best.time_s else best
     return best
 
 

@@ -20,8 +20,8 @@ from planner.costmodel.sequences import Menu
 
 _SCANNED = 12  # open groups of a kind looked at for room
 _MOST_ITEMS = 4096  # from here on short sequences go in bundles:
-_GRAINS = 65_536  # of at most this part of the batch's tokens,
-_ROOM_GRAINS = 16  # and this part of the room of a group that holds one micro-batch
+_GRAINS = 32_768  # of at most this part of the batch's tokens,
+_ROOM_GRAINS = 16  # and this part of the room of a group that holds one micro-batch, or half a micro-batch of others
 _CHECKED = 4096  # sequences between looks at the clock
 
 
@@ -59,12 +59,12 @@ class _Open:
 
     def fit(self, kind: int, seconds: float, tokens: int) -> int | None:
         """Place in `by_kind[kind]` of the fullest group with time and room."""
-        groups = self.by_kind[kind]
+        groups, room = self.by_kind[kind], self.room
         first = bisect_left(groups, (seconds, -1))
         more = seconds + self.more_K[kind]
         for at in range(first, min(first + _SCANNED, len(groups))):
             left, group = groups[at]
-            if self.room[group][-1] >= tokens or left >= more:
+            if room[group][-1] >= tokens or left >= more:
                 return at
         if len(groups) > first + _SCANNED:
             left, group = groups[-1]
@@ -79,9 +79,18 @@ class _Open:
         if room[-1] < tokens:
             room.append(self.room_K[kind])
             left -= self.more_K[kind]
-        insort(room, room.pop(bisect_left(room, tokens)) - tokens)
+        if len(room) == 1:
+            room[0] -= tokens
+        else:
+            insort(room, room.pop(bisect_left(room, tokens)) - tokens)
         self.held[group].append(sequence)
         insort(self.by_kind[kind], (left - seconds, group))
+
+    def grow(self, num_ranks: int, limit: float) -> int:
+        """One more micro-step; its place."""
+        self.free.append(num_ranks)
+        self.limits = (*self.limits, limit)
+        return len(self.free) - 1
 
     def opens(self, ranks: int, seconds: float) -> int | None:
         """The micro-step to open a group in: the shortest with time and ranks, then the emptiest."""
@@ -119,12 +128,12 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Costs:
-    """What each sequence costs in the kinds that hold it, least device time first, and the sum of the first."""
+    """(kind, device seconds, own, opening) of every item in the kinds that hold it, least device time first.
 
-    kinds: list[list[int]]
-    device_s: list[list[float]]
-    own_s: list[list[float]]
-    opening_s: list[list[float]]
+    `least_s`: the sum of the first.
+    """
+
+    rows: list[list[tuple[int, float, float, float]]]
     least_s: float
 
 
@@ -162,6 +171,16 @@ class BestFit:
             return None
         return self._placed(state, len(limits_s))
 
+    def grown(self, way: Way, longer: float, most_s: float) -> Placed | None:
+        """Micro-steps as sequences need them, the longest first; None if together they last more than `most_s`.
+
+        Each is `longer` times as long as the sequence that opens it takes alone where it costs least device time.
+        """
+        state = _Open(self.room, self.more, self.menu.num_ranks, ())
+        if not self._fill(self._of(way.kinds), way.patience, state, lambda: False, (longer, most_s)):
+            return None
+        return self._placed(state, len(state.limits))
+
     def _of(self, kinds: tuple[int, ...]) -> _Costs:
         found = self._costs.get(kinds)
         if found is not None:
@@ -178,31 +197,37 @@ class BestFit:
             device = seconds + fixed * (tokens[:, None] / table.room_K[columns])
         device = device * table.ranks_K[columns]
         order = np.argsort(device, axis=1, kind="stable")
-        device_s, own_s, opening_s = (
-            np.take_along_axis(a, order, axis=1).tolist() for a in (device, seconds, opening)
-        )  # fmt: skip
+        device, seconds, opening = (np.take_along_axis(a, order, axis=1) for a in (device, seconds, opening))
+        holds = np.isfinite(device).sum(axis=1).tolist()
+        columns_IK = zip(*(a.tolist() for a in (columns[order], device, seconds, opening)), strict=True)
         found = self._costs[kinds] = _Costs(
-            kinds=columns[order].tolist(), device_s=device_s, own_s=own_s, opening_s=opening_s,
-            least_s=float(device.min(axis=1).sum()),
-        )  # fmt: skip
+            rows=[list(zip(*row, strict=True))[:n] for n, row in zip(holds, columns_IK, strict=True)],
+            least_s=float(device[:, 0].sum()),
+        )
         return found
 
-    def _fill(self, costs: _Costs, patience: float, state: _Open, late: Callable[[], bool]) -> bool:
-        """Every item into `state`, or False as soon as one finds no group or the ranks have too little time left."""
-        longest = max(state.limits)
-        spare_s = self.menu.num_ranks * sum(state.limits) - costs.least_s  # device time beyond the least
-        rows = zip(costs.kinds, costs.device_s, costs.own_s, costs.opening_s, strict=True)
-        for i, (tokens, row) in enumerate(zip(self.tokens, rows, strict=True)):
+    def _fill(
+        self, costs: _Costs, patience: float, state: _Open, late: Callable[[], bool],
+        growth: tuple[float, float] | None = None,
+    ) -> bool:  # fmt: skip
+        """Every item into `state`, or False as soon as one finds no group or the ranks have too little time left.
+
+        `growth`: (longer, most_s) of `grown`.
+        """
+        longest, most_s = (max(state.limits), sum(state.limits)) if growth is None else (math.inf, growth[1])
+        spare_s = self.menu.num_ranks * most_s - costs.least_s  # device time beyond the least
+        by_kind, fit = state.by_kind, state.fit
+        for i, (tokens, row) in enumerate(zip(self.tokens, costs.rows, strict=True)):
             if i % _CHECKED == _CHECKED - 1 and late():
                 return False
             chosen: tuple[int, int] | None = None
             opened: tuple[int, int, float, float, float] | None = None
-            for kind, device_s, own, opening in zip(*row, strict=True):
+            for kind, device_s, own, opening in row:
                 if own + opening > longest:
                     continue
                 if opened is not None and device_s > patience * opened[2]:
                     break
-                at = state.fit(kind, own, tokens)
+                at = fit(kind, own, tokens) if by_kind[kind] else None
                 if at is not None:
                     chosen, spent_s, own_s = (kind, at), device_s, own
                     break
@@ -212,11 +237,16 @@ class BestFit:
                         opened = kind, step, device_s, own, opening
             if chosen is None:
                 if opened is None:
-                    return False
+                    if growth is None or not row:
+                        return False
+                    kind, device_s, own, opening = row[0]
+                    opened = kind, state.grow(self.menu.num_ranks, growth[0] * (own + opening)), device_s, own, opening
+                    if sum(state.limits) > most_s:
+                        return False
                 kind, step, spent_s, own_s, opening = opened
                 chosen = kind, state.open(kind, self.ranks[kind], step, opening)
                 spent_s += self.ranks[kind] * opening
-            spare_s -= spent_s - row[1][0]
+            spare_s -= spent_s - row[0][1]
             if spare_s < 0:
                 return False
             state.add(*chosen, i, own_s, tokens)
@@ -247,8 +277,7 @@ def _bundles(menu: Menu, table: Table) -> IntArray:
     if len(tokens) <= _MOST_ITEMS:
         return np.arange(len(tokens))
     most = float(tokens.sum()) / _GRAINS
-    if menu.lockstep:
-        most = min(most, float(table.room_K.min()) / _ROOM_GRAINS)
+    most = min(most, float(table.room_K.min()) / (_ROOM_GRAINS if menu.lockstep else 2))
     bundle = np.floor(np.cumsum(np.where(tokens <= most, tokens, 0)) / most)
     own = tokens > most
     return np.flatnonzero(own | (np.diff(bundle, prepend=-1.0) != 0) | np.append(True, own[:-1]))

@@ -14,6 +14,7 @@ Legend: D distinct lengths, C classes of them, P pairs of a kind and a span.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -123,8 +124,12 @@ def _mute() -> Iterator[None]:
         os.close(nowhere)
 
 
-def solved(lp: Any, matrix: Matrix, options: dict[str, Any]) -> Any | None:
-    """The solver with a solution of `lp` with `matrix`, or None if it does not say that it has one."""
+def solved(lp: Any, matrix: Matrix, options: dict[str, Any], looks: int | None = None) -> Any | None:
+    """The solver with a solution of `lp` with `matrix`, or None if it does not say that it has one.
+
+    `looks`: how often a search for whole numbers asks whether it may go on, before it may not; a measure of its work
+    that does not depend on a clock.
+    """
     import highspy
 
     untyped: Any = highspy
@@ -138,6 +143,15 @@ def solved(lp: Any, matrix: Matrix, options: dict[str, Any]) -> Any | None:
         for option, value in {"threads": 1, **options}.items():
             solver.setOptionValue(option, value)
         solver.passModel(lp)
+        if looks is not None:
+            asked = itertools.count(1)
+
+            def may_go_on(_kind: Any, _message: str, _out: Any, answer: Any, _user: Any) -> None:
+                if next(asked) > looks:
+                    answer.user_interrupt = True
+
+            solver.setCallback(may_go_on, None)
+            solver.startCallback(untyped.cb.HighsCallbackType.kCallbackMipInterrupt)
         solver.run()
     feasible = solver.getInfo().primal_solution_status == 2
     stopped = lp.integrality_ and feasible  # whole numbers are good whether or not they are proved to be the best

@@ -29,12 +29,14 @@ from numpy.typing import NDArray
 from planner.batch import IntArray, Points, Table
 from planner.costmodel.keys import Array
 from planner.costmodel.sequences import Menu
+from planner.patterns import long_patterns, prices, wide
 from planner.program import Family, Matrix, families, fitting, solved
 
 _NONE = 1e-6  # groups, ranks
 # Primal simplex without presolve: on these programs twice as fast as the defaults.
 _SIMPLEX = {"presolve": "off", "simplex_strategy": 4}
 _ROUNDS, _JOIN = 3, 8  # programs of more and more kinds, and how many kinds join at most
+_NEAR = 0.99  # of the shortest dispatch, from where on there are none
 _KEPT = 12  # kinds for the next program
 _LOSS = 5e-4  # of the bound, by which kinds that are not in the program may lower it
 _PARTS = (0.0, 0.4, 0.7, 0.9, 1.0)  # of the most that a second may cost, tried for kinds that are not in the program
@@ -80,33 +82,43 @@ class Relaxed:
 
 def relax(
     menu: Menu, table: Table, points: Points, spans: tuple[Span, ...], upper_s: float, counts: tuple[Count, ...] = (),
-    start: tuple[int, ...] = (),
+    start: tuple[int, ...] = (), most_cuts: int = 4,
 ) -> Relaxed | None:  # fmt: skip
     """The bound of dispatches in `spans`, inf if there are none; None if the solver fails.
 
-    `upper_s`: what a dispatch takes that is known; `start`: kinds that the first program has.
+    `upper_s`: what a dispatch takes that is known; `start`: kinds that the first program has; `most_cuts`: how often a
+    solution of a single span is cut where it divides what groups only hold whole.
     """
     every = _program(menu, table, points, spans, upper_s, counts)
     if every is None:
         return Relaxed(bound_s=np.inf, last_s=(), kinds=(), groups={}, solved=start)
-    kinds, best = set(start), -np.inf
-    for number in range(_ROUNDS):
-        kinds |= _wanted(every, np.isin(every.kind_P, list(kinds)))
+    kinds, best, cuts, rounds = set(start), -np.inf, 0, 0
+    kinds |= _wanted(every, np.isin(every.kind_P, list(kinds)))
+    while True:
         inside = np.isin(every.kind_P, list(kinds))
         program = every.of(inside)
         solver: Any = _run(program)
         if solver is None:
             return None
-        prices = _prices(program, solver)
-        price_DP = np.asarray(sum(y * f.of_DP for y, f in zip(prices.rows_RP, program.families, strict=True)))
+        dual = _prices(program, solver)
+        price_DP = np.asarray(sum(y * f.of_DP for y, f in zip(dual.rows_RP, program.families, strict=True)))
         price_D = np.where(program.fits_DP, price_DP, np.inf).min(axis=1)
-        opening_P = _opening(every, prices, price_D)
+        opening_P = _opening(every, dual, price_D)
         lost_P = np.where(inside, 0.0, np.minimum(opening_P, 0.0) * every.most_P)
-        bound = _bound(program, prices, price_D) + float(lost_P.sum())
+        bound = _bound(program, dual, price_D) + float(lost_P.sum())
         best = max(best, bound)
-        if -lost_P.sum() <= _LOSS * abs(bound) or number == _ROUNDS - 1:
+        rounds += 1
+        if -lost_P.sum() > _LOSS * abs(bound) and rounds < _ROUNDS + cuts:
+            kinds |= set(every.kind_P[np.argsort(lost_P)[:_JOIN]][np.sort(lost_P)[:_JOIN] < 0].tolist())
+            kinds |= _wanted(every, np.isin(every.kind_P, list(kinds)))
+            continue
+        if cuts == most_cuts or len(spans) > 1 or best >= _NEAR * upper_s:
             break
-        kinds |= set(every.kind_P[np.argsort(lost_P)[:_JOIN]][np.sort(lost_P)[:_JOIN] < 0].tolist())
+        cut = _cut(menu, table, every, inside, np.array(solver.getSolution().col_value))
+        if cut is None:
+            break
+        cuts += 1
+        every = replace(every, families=[*every.families, cut])
     values = np.array(solver.getSolution().col_value)
     used = np.bincount(
         program.kind_P, weights=values[program.groups_at :][: len(program.kind_P)], minlength=len(table.ranks_K)
@@ -195,6 +207,29 @@ def _program(
         more_S=more, weight_S=np.array([s.weight for s in spans], float), num_ranks=float(menu.num_ranks),
         upper_s=upper_s, counts=counts,
     )  # fmt: skip
+
+
+def _cut(menu: Menu, table: Table, every: _Program, inside_P: NDArray[np.bool_], values: Array) -> Family | None:
+    """Rows that whole sequences keep and the solution of the pairs `inside_P` breaks; None if it breaks none."""
+    fits_CP = every.fits_CP[:, inside_P]
+    shares_CP = np.zeros(fits_CP.shape)
+    shares_CP[fits_CP] = values[: fits_CP.sum()]
+    groups_P = values[fits_CP.sum() :][: fits_CP.shape[1]]
+    of_DP, price_P = np.zeros(every.fits_DP.shape), np.zeros(len(every.kind_P))
+    inside = np.flatnonzero(inside_P)
+    for at in wide(every.ranks_P[inside], every.num_ranks):
+        p, last_s = inside[at], float(every.high_S[every.span_P[inside[at]]])
+        if groups_P[at] < _NONE:
+            continue
+        found = long_patterns(every.points, table, int(every.kind_P[p]), every.fits_DP[:, p], last_s, menu.lockstep)
+        if found is None:
+            continue
+        long_L, patterns = found
+        shares = shares_CP[np.searchsorted(every.points.first_C, long_L), at]
+        row = prices(patterns, shares, float(groups_P[at]))
+        if row is not None:
+            of_DP[long_L, p], price_P[p] = row, -1.0
+    return Family(of_DP=of_DP, groups_P=price_P, lasting_P=np.zeros(len(price_P))) if price_P.any() else None
 
 
 def _wanted(every: _Program, inside_P: NDArray[np.bool_]) -> set[int]:

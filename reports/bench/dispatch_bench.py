@@ -139,8 +139,8 @@ def text(small_: list[Run], large: list[Run], load: tuple[float, float]) -> str:
         "`python -m planner.reports.bench.dispatch_bench` regenerates this page. Gap: how much of the step could at",
         "most be saved, as proved by the answer's own lower bound. Seconds: CPU time of the dispatcher, which has one",
         f"thread, per batch; its limit is {LIMIT_S:g} s for 64 ranks and {LARGE_LIMIT_S:g} s for 12,288, and it stops",
-        "at a gap of 1 %. Over static: the step under the static plan (one kind of group for all batches) divided by the",
-        "dispatch's.", "",
+        "at a gap of 1 %. Over static: the step under the static plan, one kind of group for all batches, divided by",
+        "the dispatch's.", "",
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; load average "
         f"{load[0]:.1f} before and", f"{load[1]:.1f} after.", "",
         f"Targets: 64 ranks in {LIMIT_S:g} s, median gap at most {100 * GAP_MEDIAN_FRAC:g} %, 95th percentile at most",

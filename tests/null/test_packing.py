@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from dispatch_menus import flexsp_menu, toy_menu
 
+from planner import filling as filling_module
 from planner.batch import points_of, table_of
 from planner.batch_bounds import bound_s
 from planner.costmodel.sequences import Menu
 from planner.dispatch import dispatch, static_dispatch
 from planner.distributions import named
+from planner.filling import Filling
 from planner.packing import packed
 from planner.placing import BestFit, Way
 from planner.pool import Pool, best_single, first_bound_s, static_bounds_s
-from planner.rounding import Filling, whole_groups
+from planner.rounding import whole_groups
 
 STUDY = Path(__file__).parents[2] / "reports" / "seqlen_study.json"
 
@@ -129,7 +131,12 @@ def test_the_study_was_never_slower_than_a_single_kind() -> None:
 
 
 @pytest.mark.parametrize(("lockstep", "steps"), [(True, 1), (True, 2), (False, 1)])
-def test_whole_groups_hold_every_sequence_once_in_the_ranks_there_are(lockstep: bool, steps: int) -> None:
+@pytest.mark.parametrize("at_once", [4096, 0])
+def test_whole_groups_hold_every_sequence_once_in_the_ranks_there_are(
+    lockstep: bool, steps: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`at_once`: items from which on a batch counts as large and is filled pair by pair."""
+    monkeypatch.setattr(filling_module, "_MOST_AT_ONCE", at_once)
     menu, better = replace(flexsp_menu(16), lockstep=lockstep), 0
     for seed in range(4):
         table = table_of(menu, named("wikipedia").cut(16_384).sample(50 * steps, seed))
@@ -150,6 +157,8 @@ def test_whole_groups_hold_every_sequence_once_in_the_ranks_there_are(lockstep: 
         placed = filling.placed()
         held = sorted(i for step in placed.steps for group in step for part in group.parts for i in part)
         assert held == list(range(len(table.tokens_N)))
+        busy = [group.time_s - whole.limits_s[0] for step in placed.steps for group in step]
+        assert max(busy) <= filling.over_G.max() + 0.5 or lockstep  # micro-batches that do not pack as they add up
         last = whole.limits_s[0] + max(filling.over_G.max(), 0.0)
         assert not lockstep or placed.time_s <= steps * last * (1 + 1e-9)
         for step in placed.steps:
@@ -157,4 +166,4 @@ def test_whole_groups_hold_every_sequence_once_in_the_ranks_there_are(lockstep: 
             for group in step:
                 room = menu.groups[group.kind].capacity_tokens
                 assert all(table.tokens_N[list(part)].sum() <= room for part in group.parts)
-    assert better or lockstep
+    assert better or lockstep or at_once
