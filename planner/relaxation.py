@@ -241,9 +241,9 @@ def _wanted(every: _Program, inside_P: NDArray[np.bool_]) -> set[int]:
         best = np.append((seconds * every.ranks_P).argmin(axis=1), seconds.argmin(axis=1))
         found |= set(every.kind_P[best].tolist())
     for count in every.counts:
-        wide = every.ranks_P >= count.ranks
-        if count.least and not (wide & inside_P).any():
-            found |= set(every.kind_P[wide].tolist())
+        counted = every.ranks_P >= count.ranks
+        if count.least and not (counted & inside_P).any():
+            found |= set(every.kind_P[counted].tolist())
     return found
 
 
@@ -336,9 +336,9 @@ def _run(p: _Program) -> Any | None:
         (spans, more, -whole * p.low_S),
     )  # fmt: skip
     for i, count in enumerate(p.counts):
-        wide = np.flatnonzero(p.ranks_P >= count.ranks)
+        counted = np.flatnonzero(p.ranks_P >= count.ranks)
         beyond = np.array([p.last_at + 2 * len(spans) + i])
-        matrix.add(1, (0 * wide, n[wide], np.ones(len(wide))), (0 * beyond, beyond, -np.ones(1)))
+        matrix.add(1, (0 * counted, n[counted], np.ones(len(counted))), (0 * beyond, beyond, -np.ones(1)))
     untyped: Any = highspy
     lp = untyped.HighsLp()
     lp.num_col_, lp.num_row_ = p.last_at + 3 * len(spans) + len(p.counts), matrix.num_rows
